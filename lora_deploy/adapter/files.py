@@ -1,0 +1,188 @@
+"""PEFT's adapter directory, both ways: `adapter_config.json` and `adapter_model.safetensors`.
+
+Only safetensors are read: a pickle can run code. Every tensor must be understood; one that is not is refused, for
+leaving it out would change what the adapter computes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lora_deploy.adapter.adapter import LoraAdapter, LoraUpdate
+from lora_deploy.config import CONFIG_NAME, LoraConfig
+from lora_deploy.errors import AdapterError, OutputError
+
+__all__ = ["WEIGHTS_NAME", "read_adapter", "write_adapter"]
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+# torch.compile and FSDP wrap modules and leave their names in the keys.
+_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module)\.")
+_LORA_KEY = re.compile(r"(?P<target>.+)\.lora_(?P<side>[AB])\.weight")
+
+
+def read_adapter(directory: str | Path) -> LoraAdapter:
+    """Read an adapter that PEFT or lora-deploy saved.
+
+    Args:
+        directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+        The adapter, its tensors on the CPU in the type they were saved in.
+
+    Raises:
+        ConfigError: The configuration is missing, damaged or asks for something that is not supported.
+        AdapterError: The weights are missing, damaged, pickled, not finite, or hold something that is not understood.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise AdapterError(
+            "the adapter is not a directory",
+            file=directory,
+            expected=f"a directory with {CONFIG_NAME} and {WEIGHTS_NAME}",
+        )
+    file = directory / WEIGHTS_NAME
+    pickle = directory / "adapter_model.bin"
+    if pickle.exists() and not file.exists():
+        raise AdapterError(
+            "the adapter is a pickle, which can run code when it is read",
+            file=pickle,
+            expected=WEIGHTS_NAME,
+            remedy="load it with PEFT where you trust it, and save it again with save_pretrained()",
+        )
+    config = LoraConfig.load(directory)
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    parameters: dict[str, torch.Tensor] = {}
+    for key, tensor in _read_tensors(file):
+        name = _WRAPPERS.sub("", key)
+        if not name.startswith(_PREFIX):
+            raise AdapterError(
+                "a tensor of the adapter has a name that PEFT does not give",
+                file=file,
+                tensor=key,
+                expected=f"a name that begins with {_PREFIX}",
+            )
+        name = name.removeprefix(_PREFIX)
+        match = _LORA_KEY.fullmatch(name)
+        if match:
+            halves.setdefault(match["target"], {})[match["side"]] = tensor
+        elif ".lora_" in name:
+            raise AdapterError(
+                "the adapter holds a kind of tensor that lora-deploy does not support",
+                file=file,
+                tensor=key,
+                expected="lora_A.weight and lora_B.weight of linear layers",
+            )
+        else:
+            parameters[name.replace(".base_layer.", ".")] = tensor
+    updates = {target: _pair(file, target, sides, config) for target, sides in halves.items()}
+    if not updates:
+        raise AdapterError("the adapter updates nothing", file=file, expected="lora_A and lora_B tensors")
+    _check_parameters(file, config, parameters)
+    return LoraAdapter(config, updates, parameters, str(directory))
+
+
+def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118 - a safe_open is no mapping
+                tensor = opened.get_tensor(key)
+                if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                    raise AdapterError(
+                        "a tensor of the adapter holds numbers that are not finite",
+                        file=file,
+                        tensor=key,
+                        found="NaN or infinity" if tensor.is_floating_point() else str(tensor.dtype),
+                        expected="finite floating-point numbers",
+                        remedy="the training diverged: lower the learning rate, or take an earlier checkpoint",
+                    )
+                yield key, tensor
+    except FileNotFoundError:
+        raise AdapterError("the adapter has no weights", file=file) from None
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            "the adapter's weights are truncated or damaged",
+            file=file,
+            found=str(error),
+            expected="a whole safetensors file",
+            remedy="copy the file again",
+        ) from error
+
+
+def _pair(file: Path, target: str, sides: dict[str, torch.Tensor], config: LoraConfig) -> LoraUpdate:
+    if len(sides) < 2:
+        raise AdapterError(
+            "a layer of the adapter has only one half of its update",
+            file=file,
+            tensor=target,
+            found=f"lora_{next(iter(sides))}",
+            expected="lora_A and lora_B",
+        )
+    a, b = sides["A"], sides["B"]
+    rank = config.rank(target)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+        raise AdapterError(
+            "an update does not have the rank that the configuration gives it",
+            file=file,
+            tensor=target,
+            found=f"A {tuple(a.shape)}, B {tuple(b.shape)}",
+            expected=f"A ({rank}, in), B (out, {rank})",
+        )
+    return LoraUpdate(a, b, config.scaling(target))
+
+
+def _check_parameters(file: Path, config: LoraConfig, parameters: dict[str, torch.Tensor]) -> None:
+    """Every tensor that is no A or B must be one that the configuration announces."""
+    saved = config.modules_to_save or []
+    for name in parameters:
+        module, _, last = name.rpartition(".")
+        path = module.split(".")
+        is_saved = any(part in path or module == part or module.endswith(f".{part}") for part in saved)
+        if not is_saved and not (last == "bias" and config.bias != "none"):
+            raise AdapterError(
+                "the adapter holds a tensor that its configuration does not announce",
+                file=file,
+                tensor=name,
+                found=f"modules_to_save={saved}, bias={config.bias!r}",
+                expected="a module named in modules_to_save, or a trained bias",
+            )
+
+
+def write_adapter(adapter: LoraAdapter, directory: str | Path) -> None:
+    """Write an adapter as PEFT reads it.
+
+    Args:
+        adapter: What to write.
+        directory: Is made if it is not there. Files of the same names are replaced, each at once.
+
+    Raises:
+        OutputError: Something could not be written.
+    """
+    directory = Path(directory)
+    lora_only = adapter.config.bias == "lora_only"
+    tensors: dict[str, torch.Tensor] = {}
+    for target, update in adapter.updates.items():
+        tensors[f"{_PREFIX}{target}.lora_A.weight"] = update.A.contiguous()
+        tensors[f"{_PREFIX}{target}.lora_B.weight"] = update.B.contiguous()
+    for name, values in adapter.parameters.items():
+        module, _, last = name.rpartition(".")
+        if module in adapter.updates and last == "bias" and (lora_only or adapter.config.bias == "all"):
+            name = f"{module}.base_layer.bias"
+        tensors[f"{_PREFIX}{name}"] = values.contiguous()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory / f"{WEIGHTS_NAME}.partial"
+        save_file(tensors, partial, metadata={"format": "pt"})
+        partial.replace(directory / WEIGHTS_NAME)
+        partial = directory / f"{CONFIG_NAME}.partial"
+        partial.write_text(adapter.config.to_json(), encoding="utf-8")
+        partial.replace(directory / CONFIG_NAME)
+    except OSError as error:
+        raise OutputError("the adapter could not be written", file=directory, found=str(error)) from error

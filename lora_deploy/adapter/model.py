@@ -1,0 +1,109 @@
+"""Take an adapter out of a model, and put one into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lora_deploy.adapter.adapter import LoraAdapter, LoraUpdate
+from lora_deploy.adapter.files import read_adapter, write_adapter
+from lora_deploy.errors import AdapterError
+from lora_deploy.layers.model import get_lora_config, get_lora_model, lora_layers, saved_modules
+from lora_deploy.quantization.model import linear_modules, quantized_weight
+
+__all__ = ["adapter_of", "apply_adapter", "load_adapter", "save_adapter"]
+
+
+def adapter_of(model: nn.Module) -> LoraAdapter:
+    """The adapter of a model, as copies on the CPU.
+
+    Args:
+        model: One that `get_lora_model` returned.
+
+    Raises:
+        ConfigError: The model has no adapter.
+    """
+    config = get_lora_config(model)
+    updates = {
+        name: LoraUpdate(_copy(layer.lora_A.weight), _copy(layer.lora_B.weight), layer.scaling)
+        for name, layer in lora_layers(model).items()
+    }
+    saved = set(saved_modules(model, config))
+    parameters = {}
+    for name, values in _plain_parameters(model).items():
+        module, _, last = name.rpartition(".")
+        in_saved = any(module == whole or module.startswith(f"{whole}.") for whole in saved)
+        trained_bias = last == "bias" and (config.bias == "all" or (config.bias == "lora_only" and module in updates))
+        if in_saved or trained_bias:
+            parameters[name] = _copy(values)
+    return LoraAdapter(config, updates, parameters)
+
+
+def _copy(values: torch.Tensor) -> torch.Tensor:
+    return values.detach().to("cpu", copy=True)
+
+
+def _plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by the names that they have in the model without adapters."""
+    return {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if ".lora_A." not in name and ".lora_B." not in name
+    }
+
+
+def apply_adapter(model: nn.Module, adapter: LoraAdapter) -> nn.Module:
+    """Put an adapter into a model, in place. What it trains in the model becomes trainable, as it was.
+
+    Args:
+        model: The base, or a model with an adapter of the same configuration, whose values are replaced.
+        adapter: What to put there.
+
+    Returns:
+        The same model.
+
+    Raises:
+        AdapterError: The adapter does not fit the model.
+    """
+    if not lora_layers(model):
+        linears = {name: quantized_weight(module).shape for name, module in linear_modules(model).items()}
+        shapes = {name: tuple(values.shape) for name, values in _plain_parameters(model).items()}
+        adapter.check_against(shapes, linears)
+        config = adapter.config.model_copy(update={"target_modules": sorted(adapter.updates), "exclude_modules": None})
+        get_lora_model(model, config.model_copy(update={"layers_to_transform": None}))
+        model._lora_config = adapter.config  # type: ignore[assignment]
+    layers = lora_layers(model)
+    if set(layers) != set(adapter.updates):
+        odd = sorted(set(layers) ^ set(adapter.updates))[0]
+        raise AdapterError("the adapter and the model adapt different layers", file=adapter.source, tensor=odd)
+    parameters = _plain_parameters(model)
+    with torch.no_grad():
+        for name, update in adapter.updates.items():
+            layers[name].lora_A.weight.copy_(update.A)
+            layers[name].lora_B.weight.copy_(update.B)
+            layers[name].scaling = update.scaling
+        for name, values in adapter.parameters.items():
+            parameters[name].copy_(values)
+    return model
+
+
+def save_adapter(model: nn.Module, directory: str | Path) -> None:
+    """Write the adapter of a model in PEFT's format.
+
+    Raises:
+        ConfigError: The model has no adapter.
+        OutputError: It could not be written.
+    """
+    write_adapter(adapter_of(model), directory)
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Read an adapter in PEFT's format and put it into a model, in place.
+
+    Raises:
+        ConfigError: Its configuration is missing, damaged or asks for something that is not supported.
+        AdapterError: Its weights are damaged or do not fit the model.
+    """
+    return apply_adapter(model, read_adapter(directory))

@@ -1,0 +1,179 @@
+"""`adapter_config.json`, read and written strictly.
+
+PEFT drops configuration keys that it does not know with a warning. A key that is not read may
+change the maths of the adapter, so here a key that is unknown or not supported is refused as soon
+as it holds a value. The fields and defaults are PEFT's (0.21).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lora_deploy.errors import ConfigError
+
+__all__ = ["CONFIG_NAME", "LoraConfig"]
+
+CONFIG_NAME = "adapter_config.json"
+
+# Fields that say where the adapter came from, or that PEFT always writes and that do nothing without
+# another one (megatron_config, use_qalora), which is refused.
+_CARRIED = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+)
+
+
+class LoraConfig(BaseModel):
+    """What an adapter is: rank, scaling, targets. PEFT's names and defaults.
+
+    Attributes:
+        r: Rank of the update. `A` is (r, in), `B` is (out, r).
+        lora_alpha: Numerator of the scaling.
+        lora_dropout: Dropout probability on the input of `A`, during training only.
+        target_modules: Names of the modules to adapt: a list (whole name or its last part), a
+            regular expression that must match the whole name, or "all-linear" (every linear layer
+            but the output head; the default).
+        exclude_modules: As `target_modules`, modules to leave alone.
+        layers_to_transform: Indices of the layers to adapt; None for all.
+        layers_pattern: Name of the list that holds the layers; found by itself when None.
+        fan_in_fan_out: Whether the adapted layers store their weight as (in, out). Set from the
+            type of each layer; a value that disagrees is warned about.
+        merge_weights: Merge on `.eval()`, unmerge on `.train()`.
+        bias: Which biases are trained: none of them, all, or those of the adapted layers.
+        modules_to_save: Names of modules that are trained whole and saved with the adapter.
+        init_lora_weights: True: `A` Kaiming-uniform; "gaussian": `A` normal with std 1/r; in both
+            `B` is zero, so that training starts from the base. False: `B` is random too.
+        use_rslora: Scale by lora_alpha / sqrt(r) (https://arxiv.org/abs/2312.03732).
+        rank_pattern: Ranks of single modules: a regular expression for the end of the name -> r.
+        alpha_pattern: The same for lora_alpha.
+    """
+
+    model_config = ConfigDict(extra="allow", validate_assignment=True)
+
+    r: int = Field(default=8, gt=0)
+    lora_alpha: float = 8
+    lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    target_modules: list[str] | str | None = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    merge_weights: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[str] | None = None
+    init_lora_weights: Literal[True, False, "gaussian"] = True
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    task_type: str | None = "CAUSAL_LM"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unread_keys(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        for key, value in values.items():
+            if key in cls.model_fields or key in _CARRIED:
+                continue
+            if value not in (None, False, "", [], {}, ()):
+                raise ConfigError(
+                    "this adapter uses a setting that lora-deploy does not support, and leaving it out could change "
+                    "what the adapter computes",
+                    tensor=str(key),
+                    found=json.dumps(value, default=str)[:200],
+                    expected="no value",
+                    remedy="train without it, or open an issue that names the setting",
+                )
+        if values.get("peft_type", "LORA") not in ("LORA", None):
+            raise ConfigError(
+                "this is not a LoRA adapter", tensor="peft_type", found=values["peft_type"], expected="LORA"
+            )
+        values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+        return {key: value for key, value in values.items() if key in cls.model_fields or key in _CARRIED}
+
+    def rank(self, module: str) -> int:
+        """The rank of one module, `rank_pattern` included.
+
+        Args:
+            module: Full dotted name.
+        """
+        return int(_pattern_value(self.rank_pattern, module, self.r))
+
+    def scaling(self, module: str) -> float:
+        """The factor on `B @ A` of one module: lora_alpha / r, or lora_alpha / sqrt(r) with rslora."""
+        alpha = float(_pattern_value(self.alpha_pattern, module, self.lora_alpha))
+        rank = self.rank(module)
+        return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
+
+    @classmethod
+    def load(cls, path: str | Path) -> LoraConfig:
+        """Read `adapter_config.json`.
+
+        Args:
+            path: The file, or the directory that holds it.
+
+        Raises:
+            ConfigError: It is missing, not JSON, has a wrong type or a setting that is not supported.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / CONFIG_NAME
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(
+                "the adapter has no configuration",
+                file=file,
+                expected=f"a directory with {CONFIG_NAME} and adapter_model.safetensors",
+            ) from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ConfigError("the adapter's configuration cannot be read", file=file, found=str(error)) from error
+        if not isinstance(values, dict):
+            raise ConfigError("the adapter's configuration is no JSON object", file=file, found=type(values).__name__)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            error.details = {"file": str(file), **error.details}
+            raise
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise ConfigError(
+                "the adapter's configuration has a value of the wrong kind",
+                file=file,
+                tensor=".".join(str(part) for part in first["loc"]),
+                found=repr(first.get("input"))[:200],
+                expected=first["msg"],
+            ) from error
+
+    def to_json(self) -> str:
+        """The text of `adapter_config.json` as PEFT reads it: two spaces, sorted keys and lists."""
+        values = self.model_dump(exclude={"merge_weights"})
+        values |= {"peft_type": "LORA", "inference_mode": True}
+        for key in ("target_modules", "exclude_modules", "modules_to_save"):
+            if isinstance(values[key], list):
+                values[key] = sorted(values[key])
+        if self.merge_weights:  # PEFT left this field behind; written only where it says something.
+            values["merge_weights"] = True
+        return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def _pattern_value(patterns: dict[str, Any], module: str, default: float) -> float:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return float(value)
+    return float(default)

@@ -1,0 +1,23 @@
+"""Low-rank adapters on linear layers, dense or quantized."""
+
+from lora_deploy.layers.linear import LoraLinear
+from lora_deploy.layers.model import (
+    ParameterCount,
+    count_parameters,
+    get_lora_config,
+    get_lora_model,
+    lora_layers,
+    merge_adapter,
+    unmerge_adapter,
+)
+
+__all__ = [
+    "LoraLinear",
+    "ParameterCount",
+    "count_parameters",
+    "get_lora_config",
+    "get_lora_model",
+    "lora_layers",
+    "merge_adapter",
+    "unmerge_adapter",
+]

@@ -1,0 +1,194 @@
+"""A linear layer with a low-rank branch: h = W0 x + scaling * B(A(dropout(x))).
+
+LoRA: https://arxiv.org/abs/2106.09685, equation 3. The base may be dense or quantized by bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_deploy.quantization import QuantizedWeight, keep_codes, quantized_weight
+
+__all__ = ["LoraLinear"]
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer and the trainable update beside it.
+
+    Build it with `from_base`. The base module is kept as it is, in `base_layer`: its type, device, dtype, bias and
+    quantization state are its own. `A` is `lora_A.weight` (r, in) and `B` is `lora_B.weight` (out, r), float32.
+
+    Attributes:
+        base_layer: nn.Linear, Conv1D, Linear4bit or Linear8bitLt, frozen.
+        scaling: The factor on B @ A.
+        merge_weights: Merge on `.eval()` and unmerge on `.train()`.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        r: int,
+        scaling: float,
+        *,
+        lora_dropout: float = 0.0,
+        init_lora_weights: bool | str = True,
+        merge_weights: bool = False,
+    ) -> None:
+        super().__init__()
+        keep_codes(base_layer)
+        base_layer.requires_grad_(False)
+        self.base_layer = base_layer
+        self.scaling = scaling
+        self.merge_weights = merge_weights
+        out_features, in_features = self.base_weight().shape
+        device = next(base_layer.parameters()).device
+        self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
+        self.lora_A = nn.Linear(in_features, r, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(r, out_features, bias=False, device=device, dtype=torch.float32)
+        self.reset_lora_parameters(init_lora_weights)
+        self._merged: torch.Tensor | None = None
+        self.train(base_layer.training)
+
+    @classmethod
+    def from_base(
+        cls,
+        base_layer: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 8,
+        *,
+        scaling: float | None = None,
+        lora_dropout: float = 0.0,
+        init_lora_weights: bool | str = True,
+        merge_weights: bool = False,
+    ) -> LoraLinear:
+        """Put an adapter on a linear layer.
+
+        Args:
+            base_layer: nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit or Linear8bitLt.
+            r: Rank.
+            lora_alpha: Numerator of the scaling, lora_alpha / r.
+            scaling: The factor itself, in the place of lora_alpha / r.
+            lora_dropout: Dropout probability on the input of A while training.
+            init_lora_weights: True: A Kaiming-uniform; "gaussian": A normal with std 1/r; B zero in both. False: B is
+                random too.
+            merge_weights: Merge on `.eval()`, unmerge on `.train()`.
+
+        Returns:
+            The new layer, in the base's training mode. With B zero its output equals the base's bit for bit.
+
+        Raises:
+            TypeError: `base_layer` is no linear layer.
+        """
+        return cls(
+            base_layer,
+            r,
+            lora_alpha / r if scaling is None else scaling,
+            lora_dropout=lora_dropout,
+            init_lora_weights=init_lora_weights,
+            merge_weights=merge_weights,
+        )
+
+    def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
+        """Initialize A at random and B with zero (with `False`, both at random), as PEFT does."""
+        if init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A.weight, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        if init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B.weight, a=math.sqrt(5))
+        else:
+            nn.init.zeros_(self.lora_B.weight)
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return self.lora_A.out_features
+
+    @property
+    def in_features(self) -> int:
+        """Size of the input."""
+        return self.lora_A.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Size of the output."""
+        return self.lora_B.out_features
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The base's parameter as it is stored (for code that asks for a device or a dtype)."""
+        return cast(torch.Tensor, self.base_layer.weight)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The base's bias, (out,)."""
+        return cast("torch.Tensor | None", self.base_layer.bias)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the forward uses the merged weight."""
+        return self._merged is not None
+
+    def base_weight(self) -> QuantizedWeight:
+        """The base's weight, (out, in), as it is stored."""
+        return quantized_weight(self.base_layer)
+
+    def delta_weight(self) -> torch.Tensor:
+        """scaling * B @ A in float32, (out, in)."""
+        return self.scaling * (self.lora_B.weight.detach().float() @ self.lora_A.weight.detach().float())
+
+    def merged_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """dequantize(W0) + scaling * B @ A, computed in float32 and rounded once to `dtype`, (out, in)."""
+        return self.base_weight().dequantize().add_(self.delta_weight()).to(dtype)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Run with one weight, `merged_weight()`, from now on. The base's own bits stay untouched beside it.
+
+        The weight has the dtype of a dense base; over a quantized base it is float32. Merging twice does nothing.
+        """
+        if self._merged is None:
+            dense = self.base_weight().scheme == "none"
+            self._merged = self.merged_weight(self.weight.dtype if dense else torch.float32)
+
+    def unmerge(self) -> None:
+        """Undo `merge()` exactly: base and branch run side by side again, the base with its original bits."""
+        self._merged = None
+
+    def train(self, mode: bool = True) -> LoraLinear:
+        """Set the training mode; with `merge_weights`, unmerge for training and merge for evaluation."""
+        super().train(mode)
+        if self.merge_weights and hasattr(self, "_merged"):
+            self.unmerge() if mode else self.merge()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the layer.
+
+        Args:
+            x: (..., in).
+
+        Returns:
+            (..., out), of the base's output type.
+        """
+        if self._merged is not None:
+            bias = None if self.bias is None else self.bias.to(self._merged.dtype)
+            return F.linear(x.to(self._merged.dtype), self._merged, bias).to(x.dtype)
+        result = cast(torch.Tensor, self.base_layer(x))
+        branch = self.lora_B(self.lora_A(self.lora_dropout(x.to(self.lora_A.weight.dtype))))
+        return cast(torch.Tensor, result + (branch * self.scaling).to(result.dtype))
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._merged is not None:
+            self._merged = fn(self._merged)
+        return self
+
+    def extra_repr(self) -> str:
+        """Rank and scaling, for `repr`."""
+        return f"r={self.r}, scaling={self.scaling:g}, merged={self.merged}"

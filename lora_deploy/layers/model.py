@@ -1,0 +1,238 @@
+"""Put adapters on the linear layers of a model."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import re
+from typing import NamedTuple, TypeVar, cast
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_deploy.config import LoraConfig
+from lora_deploy.errors import ConfigError
+from lora_deploy.layers.linear import LoraLinear
+from lora_deploy.quantization.model import is_linear, linear_modules
+
+__all__ = [
+    "ParameterCount",
+    "count_parameters",
+    "find_targets",
+    "get_lora_config",
+    "get_lora_model",
+    "lora_layers",
+    "merge_adapter",
+    "saved_modules",
+    "unmerge_adapter",
+]
+
+_logger = logging.getLogger(__name__)
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+class ParameterCount(NamedTuple):
+    """How many parameters are trained, of how many; a 4-bit weight counts as the numbers it stands for."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.trainable / self.total:.2%})"
+
+
+def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
+    """Put a `LoraLinear` in the place of each targeted module and freeze everything else, in place.
+
+    Args:
+        model: A transformers model (any nn.Module with named linear layers), dense or quantized by bitsandbytes.
+        config: Which modules, which rank, what else is trained.
+
+    Returns:
+        The same model. `count_parameters(model)` tells what is trained; it is logged too.
+
+    Raises:
+        ConfigError: A target matches nothing or is no linear layer, or the model has an adapter already.
+    """
+    if lora_layers(model):
+        raise ConfigError(
+            "the model has an adapter already", tensor=next(iter(lora_layers(model))), remedy="load the base anew"
+        )
+    targets = find_targets(model, config)
+    model.requires_grad_(False)
+    for name, module in targets.items():
+        if config.fan_in_fan_out and not isinstance(module, Conv1D):
+            _logger.warning("fan_in_fan_out is set but %s is no Conv1D; its weight is read as (out, in)", name)
+        layer = LoraLinear.from_base(
+            module,
+            config.rank(name),
+            scaling=config.scaling(name),
+            lora_dropout=config.lora_dropout,
+            init_lora_weights=config.init_lora_weights,
+            merge_weights=config.merge_weights,
+        )
+        _replace(model, name, layer)
+    if any(isinstance(module, Conv1D) for module in targets.values()) and not config.fan_in_fan_out:
+        config = config.model_copy(update={"fan_in_fan_out": True})
+    _train_saved_modules(model, config)
+    _train_biases(model, config)
+    model._lora_config = config  # type: ignore[assignment]
+    _logger.info("%s", count_parameters(model))
+    return model
+
+
+def get_lora_config(model: nn.Module) -> LoraConfig:
+    """The configuration that `get_lora_model` was called with.
+
+    Raises:
+        ConfigError: The model has no adapter.
+    """
+    config = getattr(model, "_lora_config", None)
+    if not isinstance(config, LoraConfig):
+        raise ConfigError("the model has no adapter", expected="a model that get_lora_model() returned")
+    return config
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
+    """The adapted layers by the name of the module they stand for, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def merge_adapter(model: nn.Module) -> None:
+    """`merge()` on every adapted layer."""
+    for layer in lora_layers(model).values():
+        layer.merge()
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """`unmerge()` on every adapted layer."""
+    for layer in lora_layers(model).values():
+        layer.unmerge()
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Count trainable and all parameters of a model."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = state.shape.numel() if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return ParameterCount(trainable, total)
+
+
+def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules that the configuration targets, by full name.
+
+    Raises:
+        ConfigError: A name matches nothing, or something that is no linear layer.
+    """
+    every = config.target_modules in (None, "all-linear")
+    targets = linear_modules(model) if every else _match_modules(model, config)
+    excluded = config.exclude_modules
+    targets = {name: module for name, module in targets.items() if excluded is None or not _matches(name, excluded)}
+    if config.layers_to_transform is not None:
+        targets = {name: module for name, module in targets.items() if _in_layers(name, config)}
+    if not targets:
+        raise ConfigError(
+            "no module is left to adapt",
+            tensor="target_modules",
+            found=f"{config.target_modules!r}, excluded {excluded!r}, layers {config.layers_to_transform!r}",
+            expected=f"some of {_endings(linear_modules(model))}",
+        )
+    return targets
+
+
+def _match_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    wanted = cast("list[str] | str", config.target_modules)
+    saved = config.modules_to_save or []
+    modules = {name: module for name, module in model.named_modules() if name and not _matches(name, saved)}
+    targets = {name: module for name, module in modules.items() if _matches(name, wanted)}
+    for pattern in [wanted] if isinstance(wanted, str) else wanted:
+        if not any(_matches(name, pattern if isinstance(wanted, str) else [pattern]) for name in targets):
+            endings = _endings({name: module for name, module in modules.items() if is_linear(module)})
+            near = difflib.get_close_matches(pattern.rpartition(".")[2], endings, n=3, cutoff=0.4)
+            raise ConfigError(
+                "a target matches no module of the model",
+                tensor=f"target_modules: {pattern}",
+                expected=f"perhaps {', '.join(near)}" if near else f"one of {', '.join(endings)}",
+            )
+    for name, module in targets.items():
+        if not is_linear(module):
+            raise ConfigError(
+                "a target is no linear layer", tensor=name, found=type(module).__name__, expected="a linear layer"
+            )
+    return targets
+
+
+def _matches(name: str, wanted: list[str] | str) -> bool:
+    """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, name) is not None
+    return any(name == item or name.endswith(f".{item}") for item in wanted)
+
+
+def _endings(modules: dict[str, nn.Module]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in modules})
+
+
+def _in_layers(name: str, config: LoraConfig) -> bool:
+    wanted = config.layers_to_transform
+    indices = [wanted] if isinstance(wanted, int) else list(wanted or ())
+    patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
+    names = "|".join(patterns) if patterns else r"[^.]+"
+    match = re.search(rf"(?:^|\.)(?:{names})\.(\d+)\.", name)
+    return match is not None and int(match.group(1)) in indices
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules that are trained whole, by full name.
+
+    Raises:
+        ConfigError: A name of `modules_to_save` matches nothing.
+    """
+    found: dict[str, nn.Module] = {}
+    for wanted in config.modules_to_save or []:
+        matches = {name: module for name, module in model.named_modules() if name and _matches(name, [wanted])}
+        if not matches:
+            near = difflib.get_close_matches(wanted, _endings(dict(model.named_modules())), n=3, cutoff=0.4)
+            raise ConfigError(
+                "a module to save is not in the model",
+                tensor=f"modules_to_save: {wanted}",
+                expected=f"perhaps {', '.join(near)}" if near else None,
+            )
+        found |= matches
+    return found
+
+
+def _train_saved_modules(model: nn.Module, config: LoraConfig) -> None:
+    for name, module in saved_modules(model, config).items():
+        # A copy, so that a head tied to the embedding is trained alone and the embedding stays the base's.
+        trained = copy.deepcopy(module)
+        for parameter in trained.parameters():
+            if not parameter.is_floating_point():
+                raise ConfigError(
+                    "a module to save is quantized and cannot be trained whole",
+                    tensor=name,
+                    remedy="leave it out of the quantization (skip_modules)",
+                )
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        _replace(model, name, trained)
+
+
+def _train_biases(model: nn.Module, config: LoraConfig) -> None:
+    if config.bias == "all":
+        for name, parameter in model.named_parameters():
+            if name == "bias" or name.endswith(".bias"):
+                parameter.requires_grad_(True)
+    elif config.bias == "lora_only":
+        for layer in lora_layers(model).values():
+            if layer.bias is not None:
+                layer.bias.requires_grad_(True)

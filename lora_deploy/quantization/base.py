@@ -1,0 +1,267 @@
+"""The base that an adapter was trained on, read from its checkpoint one weight at a time.
+
+Everything is named after the parameters of the transformers model, which is also how adapters name
+their targets. A checkpoint may drop or add the model's prefix, leave tied weights out, or hold
+bitsandbytes' codes in the place of a weight; none of that is visible from outside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_deploy.checkpoint import Checkpoint, resolve_model
+from lora_deploy.errors import CheckpointError
+from lora_deploy.quantization.model import linear_modules, quantized_weight
+from lora_deploy.quantization.quantize import expand_absmax, quantize
+from lora_deploy.quantization.scheme import QuantizationScheme
+from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, Int8Weight, QuantizedWeight
+
+__all__ = ["LinearLayer", "TrainingBase", "hash_codes", "hash_tensors"]
+
+_4BIT_STATE = "weight.quant_state.bitsandbytes__"
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer of the model.
+
+    Attributes:
+        shape: (out, in).
+        is_conv1d: Whether the checkpoint stores the weight as (in, out).
+        has_bias: Whether there is a bias.
+    """
+
+    shape: tuple[int, int]
+    is_conv1d: bool
+    has_bias: bool
+
+
+class TrainingBase:
+    """A checkpoint together with the quantization it was trained under.
+
+    Args:
+        model: A local directory or a hub id.
+        scheme: How the linear layers were quantized for training. Ignored for a checkpoint that is quantized already,
+            unless it contradicts it.
+
+    Attributes:
+        directory: Where the checkpoint is.
+        config: The configuration of the model, without any quantization.
+        scheme: The scheme in force.
+        linears: The linear layers but the output head, by name.
+        shapes: The shape of every parameter and persistent buffer, as the plain transformers model has it.
+        aliases: Names of tied parameters -> the name whose values they share.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, damaged, or holds a parameter of another shape.
+    """
+
+    def __init__(self, model: str | Path, scheme: QuantizationScheme | None = None) -> None:
+        self.directory = resolve_model(model)
+        self.checkpoint = Checkpoint(self.directory)
+        stored = QuantizationScheme.from_model_config(self.checkpoint.config, self.directory / "config.json")
+        self.prequantized = stored is not None
+        self.scheme = self._agree(stored, scheme)
+        self.config = self._read_config()
+        skeleton = _skeleton(self.config)
+        self.linears = {name: _describe(module) for name, module in linear_modules(skeleton).items()}
+        self.shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
+        self.aliases = _aliases(skeleton)
+        self._prefix = f"{skeleton.base_model_prefix}."
+        self._check()
+
+    def _agree(self, stored: QuantizationScheme | None, asked: QuantizationScheme | None) -> QuantizationScheme:
+        if stored is None:
+            return asked or QuantizationScheme()
+        if asked is not None and asked.method not in ("none", stored.method):
+            raise CheckpointError(
+                "the checkpoint is quantized already, by another scheme than the one asked for",
+                file=self.directory / "config.json",
+                tensor="quantization_config",
+                found=stored,
+                expected=asked,
+                remedy="leave --quantization out, or give the full-precision checkpoint",
+            )
+        return stored
+
+    def _read_config(self) -> PreTrainedConfig:
+        try:
+            config = AutoConfig.from_pretrained(self.directory)
+        except (ValueError, OSError, KeyError) as error:
+            raise CheckpointError(
+                "transformers cannot read the model's configuration",
+                file=self.directory / "config.json",
+                found=str(error).splitlines()[0],
+            ) from error
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return cast(PreTrainedConfig, config)
+
+    def _check(self) -> None:
+        missing = []
+        for name, shape in self.shapes.items():
+            if name in self.aliases:
+                continue
+            key = self._key(name)
+            if key is None:
+                missing.append(name)
+            elif not self._is_quantized(name) and self.checkpoint.shape(key) != shape:
+                raise CheckpointError(
+                    "a weight does not have the shape that the model's configuration gives it",
+                    file=self.checkpoint.file(key),
+                    tensor=key,
+                    found=self.checkpoint.shape(key),
+                    expected=shape,
+                )
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} of the model's {len(self.shapes)} weights",
+                file=self.directory,
+                tensor=missing[0],
+                remedy="copy or download the whole model again",
+            )
+
+    def _key(self, name: str) -> str | None:
+        """The checkpoint's name of a parameter: as it is, or without or with the prefix of the inner model."""
+        for candidate in (name, name.removeprefix(self._prefix), self._prefix + name):
+            if candidate in self.checkpoint:
+                return candidate
+        return None
+
+    def _require_key(self, name: str) -> str:
+        key = self._key(name)
+        if key is None:
+            raise CheckpointError("a weight of the model is missing", file=self.directory, tensor=name)
+        return key
+
+    def _is_quantized(self, name: str) -> bool:
+        """Whether the checkpoint holds bitsandbytes' codes in the place of this weight."""
+        key = self._key(name)
+        if not self.prequantized or key is None or not key.endswith(".weight"):
+            return False
+        module = key.removesuffix("weight")
+        return f"{module}SCB" in self.checkpoint or self._state_key(module) is not None
+
+    def _state_key(self, module: str) -> str | None:
+        keys = (f"{module}{_4BIT_STATE}{kind}" for kind in ("nf4", "fp4"))
+        return next((key for key in keys if key in self.checkpoint), None)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A parameter or buffer that is not quantized, as the checkpoint stores it.
+
+        Args:
+            name: Its name in the transformers model.
+        """
+        return self.checkpoint.read(self._require_key(self.aliases.get(name, name)))
+
+    def weight(self, module: str) -> QuantizedWeight:
+        """The weight of a linear layer as it was trained on: the stored codes, or quantized now.
+
+        Args:
+            module: Name of the layer.
+
+        Returns:
+            The weight, (out, in) also where the checkpoint stores (in, out).
+        """
+        name = f"{module}.weight"
+        if self._is_quantized(name):
+            return self._stored_weight(self._require_key(name).removesuffix("weight"), self.linears[module].shape)
+        values = self.tensor(name)
+        if self.linears[module].is_conv1d:
+            values = values.t().contiguous()
+        if self.prequantized or not self.scheme.applies_to(module):
+            return DenseWeight(values)
+        return quantize(values, self.scheme)
+
+    def _stored_weight(self, prefix: str, shape: tuple[int, int]) -> QuantizedWeight:
+        """The codes that bitsandbytes left under `prefix` ("model.layers.0.self_attn.q_proj.")."""
+        read = self.checkpoint.read
+        codes = read(f"{prefix}weight")
+        state_key = self._state_key(prefix)
+        if state_key is None:
+            self._expect_shape(f"{prefix}weight", tuple(codes.shape), shape)
+            return Int8Weight(codes, read(f"{prefix}SCB").float())
+        state = json.loads(bytes(read(state_key).tolist()))
+        self._expect_shape(f"{prefix}weight", tuple(state["shape"]), shape)
+        absmax = read(f"{prefix}weight.absmax")
+        if "nested_blocksize" in state:
+            absmax = expand_absmax(
+                absmax,
+                read(f"{prefix}weight.nested_quant_map"),
+                read(f"{prefix}weight.nested_absmax"),
+                state["nested_offset"],
+                state["nested_blocksize"],
+            )
+        return Blockwise4BitWeight(
+            codes.reshape(-1).view(torch.uint8), absmax.float(), shape, state["quant_type"], state["blocksize"]
+        )
+
+    def _expect_shape(self, key: str, found: tuple[int, ...], expected: tuple[int, int]) -> None:
+        if found != expected:
+            raise CheckpointError(
+                "a quantized weight does not have the shape that the model's configuration gives it",
+                file=self.checkpoint.file(key),
+                tensor=key,
+                found=found,
+                expected=expected,
+            )
+
+    def sha256(self) -> str:
+        """Hash of the checkpoint's tensors, names included: the same for any sharding, before any quantization."""
+        return hash_tensors((name, [self.checkpoint.read(name)]) for name in sorted(self.checkpoint))
+
+
+def hash_tensors(named: Iterator[tuple[str, list[torch.Tensor]]]) -> str:
+    """SHA-256 over names, types, shapes and bytes, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensors in named:
+        for tensor in tensors:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without memory for its weights: names, shapes, layer types and ties."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    model.tie_weights()
+    return model
+
+
+def _describe(module: nn.Module) -> LinearLayer:
+    rows, columns = (int(size) for size in module.weight.shape)  # type: ignore[union-attr]
+    is_conv1d = isinstance(module, Conv1D)
+    return LinearLayer((columns, rows) if is_conv1d else (rows, columns), is_conv1d, module.bias is not None)
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            aliases[name] = first[id(parameter)]
+        first.setdefault(id(parameter), name)
+    return aliases
+
+
+def hash_codes(model: nn.Module) -> str:
+    """Hash of the quantized weights of a model's linear layers (`TrainingRecord.codes_sha256`), adapters apart."""
+    named = ((name.removesuffix(".base_layer"), module) for name, module in linear_modules(model).items())
+    return hash_tensors(
+        (name, list(quantized_weight(module).stored()))
+        for name, module in sorted(named)
+        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
+    )

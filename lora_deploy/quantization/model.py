@@ -1,0 +1,182 @@
+"""Quantize the linear layers of a model, and read a quantized weight back out of a module."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_deploy.errors import CheckpointError
+from lora_deploy.quantization.quantize import expand_absmax
+from lora_deploy.quantization.scheme import QuantizationScheme
+from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, Int8Weight, QuantizedWeight
+
+__all__ = ["is_linear", "keep_codes", "linear_modules", "load_base_model", "quantize_model", "quantized_weight"]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a linear layer that an adapter can sit on: Linear (plain or bitsandbytes') or Conv1D."""
+    return isinstance(module, (nn.Linear, Conv1D))  # bitsandbytes' layers are subclasses of nn.Linear
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers of a model but its output head, by full dotted name, in the order of the model."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
+
+
+def quantized_weight(module: nn.Module) -> QuantizedWeight:
+    """The weight of a linear layer as (out, in), as it is stored; nothing is copied or rounded.
+
+    Args:
+        module: nn.Linear, Conv1D, Linear4bit or Linear8bitLt.
+
+    Raises:
+        TypeError: Another kind of module, or a bitsandbytes layer whose weight is not quantized yet.
+    """
+    if isinstance(module, bnb.nn.Linear4bit):
+        return _from_linear4bit(module)
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        codes = module.weight.CB if module.weight.CB is not None else module.state.CB
+        scale = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+        if codes is None or scale is None:
+            raise TypeError("this Linear8bitLt is not quantized yet: move it to its device first")
+        return Int8Weight(codes, scale)
+    if isinstance(module, Conv1D):
+        return DenseWeight(module.weight.detach().t())
+    if isinstance(module, nn.Linear):
+        return DenseWeight(module.weight.detach())
+    raise TypeError(f"no linear layer: {type(module).__name__}")
+
+
+def _from_linear4bit(module: bnb.nn.Linear4bit) -> QuantizedWeight:
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        raise TypeError("this Linear4bit is not quantized yet: move it to its device first")
+    if getattr(state, "packing_format_for_cpu", False):
+        raise CheckpointError(
+            "bitsandbytes has repacked this weight for an AVX512-BF16 processor, which rounds its absmax to bfloat16",
+            found="a layer that has run in eval mode on a CPU",
+            remedy="load the model anew, or call keep_codes(model) before its first forward in eval mode",
+        )
+    absmax = state.absmax
+    if state.nested:
+        nested = state.state2
+        absmax = expand_absmax(state.absmax, nested.code, nested.absmax, state.offset, nested.blocksize)
+    return Blockwise4BitWeight(
+        codes=module.weight.data.reshape(-1).view(torch.uint8),
+        absmax=absmax.float(),
+        shape=(int(state.shape[0]), int(state.shape[1])),
+        scheme=state.quant_type,
+        blocksize=state.blocksize,
+    )
+
+
+def keep_codes(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights on a CPU, which loses bits and asserts on odd shapes.
+
+    On processors with AVX512-BF16 the first forward in eval mode rewrites a Linear4bit in place: other nibble order,
+    absmax rounded to bfloat16. A base that is to be exported must keep what it was trained with.
+    """
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def quantize_model(
+    model: nn.Module, scheme: QuantizationScheme | str, device: torch.device | str | None = None
+) -> nn.Module:
+    """Replace the linear layers of a full-precision model by bitsandbytes' quantized ones, in place.
+
+    The output head is left as it is, as are the scheme's `skip_modules`. A Conv1D becomes a quantized linear layer
+    with the transposed weight.
+
+    Args:
+        model: The model; its weights are in full precision.
+        scheme: What to quantize to; a name ("nf4", "fp4", "int8", "none") stands for the scheme's defaults.
+        device: Where to quantize and leave the layers; None for where they are.
+
+    Returns:
+        The same model.
+    """
+    scheme = QuantizationScheme(method=scheme) if isinstance(scheme, str) else scheme  # type: ignore[arg-type]
+    for name, module in linear_modules(model).items():
+        if not scheme.applies_to(name):
+            continue
+        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            raise CheckpointError("the model is quantized already", tensor=name, found=type(module).__name__)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, _quantized_linear(module, scheme, device))
+    return model
+
+
+def _quantized_linear(module: nn.Module, scheme: QuantizationScheme, device: torch.device | str | None) -> nn.Module:
+    weight = cast(DenseWeight, quantized_weight(module)).values
+    bias = cast("torch.Tensor | None", module.bias)
+    device = torch.device(device) if device is not None else weight.device
+    if scheme.weight_dtype is not None:
+        weight = weight.to(getattr(torch, scheme.weight_dtype))
+    if device.type == "cpu":
+        # The type given here is the one bitsandbytes dequantizes to in its backward; the codes do not depend on it.
+        weight = weight.float()
+    out_features, in_features = weight.shape
+    new: Any
+    if scheme.method == "int8":
+        new = bnb.nn.Linear8bitLt(in_features, out_features, bias is not None, has_fp16_weights=False, device="meta")
+        new.weight = bnb.nn.Int8Params(weight.contiguous(), requires_grad=False, has_fp16_weights=False)
+    else:
+        new = bnb.nn.Linear4bit(in_features, out_features, bias is not None, quant_type=scheme.method, device="meta")
+        new.weight = bnb.nn.Params4bit(
+            weight.contiguous(),
+            requires_grad=False,
+            blocksize=scheme.blocksize,
+            compress_statistics=scheme.double_quant,
+            quant_type=scheme.method,
+            module=new,
+        )
+    new.weight = new.weight._quantize(device)
+    keep_codes(new)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.detach().to(device), requires_grad=False)
+    new.train(module.training)
+    return cast(nn.Module, new)
+
+
+def load_base_model(
+    model: str,
+    quantization: QuantizationScheme | str = "nf4",
+    *,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Load a causal language model and quantize its linear layers, in one call.
+
+    A checkpoint that bitsandbytes quantized is loaded as it is; `quantization` must then be its own scheme or "none".
+
+    Args:
+        model: A local directory or a hub id.
+        quantization: The scheme, or a name for its defaults.
+        device: Where the model goes.
+        compute_dtype: Type of everything that is not quantized; None for float32 on a CPU and bfloat16 elsewhere.
+
+    Returns:
+        The model, in training mode, with every parameter frozen.
+    """
+    if compute_dtype is None:
+        compute_dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    if not getattr(loaded, "is_quantized", False):
+        quantize_model(loaded, quantization, device)
+    for parameter in loaded.parameters():
+        parameter.requires_grad_(False)
+        if parameter.is_floating_point() and not isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params)):
+            parameter.data = parameter.data.to(compute_dtype)
+    keep_codes(loaded)
+    nn.Module.to(loaded, device)
+    loaded.config.dtype = compute_dtype
+    return cast(PreTrainedModel, loaded.train())

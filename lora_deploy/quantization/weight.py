@@ -1,0 +1,161 @@
+"""One weight of a linear layer, dense or quantized, always seen as (out, in).
+
+A Conv1D stores its weight as (in, out); it is turned to (out, in) before it gets here, so nothing
+that holds a `QuantizedWeight` needs to know of `fan_in_fan_out`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+
+__all__ = ["FP4_CODE", "NF4_CODE", "Blockwise4BitWeight", "DenseWeight", "Int8Weight", "QuantizedWeight"]
+
+# QLoRA, appendix E (https://arxiv.org/abs/2305.14314): quantiles of the normal distribution, exact zero included.
+NF4_CODE = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+# bitsandbytes' bit order: sign in the highest bit, then the magnitudes below, in twelfths.
+_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4_CODE = tuple(m / 12 for m in _FP4_MAGNITUDES) + tuple(-m / 12 for m in _FP4_MAGNITUDES)
+
+
+class QuantizedWeight(Protocol):
+    """What export and verification need of a weight, however it is stored.
+
+    A protocol, not a base class: the implementations share no code, only this shape.
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+
+    @property
+    def scheme(self) -> str:
+        """ "none", "nf4", "fp4" or "int8"."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The values, (out, in), computed in float32 and rounded once to `dtype`. A tensor of the caller's own."""
+
+    def stored(self) -> Iterator[torch.Tensor]:
+        """The tensors that define the weight, for hashing."""
+
+
+@dataclass(frozen=True, eq=False)
+class DenseWeight:
+    """A weight that is not quantized.
+
+    Attributes:
+        values: (out, in), of any floating type.
+    """
+
+    values: torch.Tensor
+    scheme: str = "none"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return (self.values.shape[0], self.values.shape[1])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A copy of the values in `dtype`, (out, in)."""
+        return self.values.to(dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def stored(self) -> Iterator[torch.Tensor]:
+        """The values themselves."""
+        yield self.values
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Weight:
+    """A weight as LLM.int8 stores it (https://arxiv.org/abs/2208.07339): W = codes * row_absmax / 127.
+
+    Attributes:
+        codes: int8 (out, in); bitsandbytes' CB.
+        row_absmax: float32 (out,); bitsandbytes' SCB.
+    """
+
+    codes: torch.Tensor
+    row_absmax: torch.Tensor
+    scheme: str = "int8"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """codes * (row_absmax / 127), (out, in)."""
+        values = self.codes.to(torch.float32).mul_((self.row_absmax.float() / 127)[:, None])
+        return values.to(dtype)
+
+    def stored(self) -> Iterator[torch.Tensor]:
+        """Codes, then scales."""
+        yield self.codes
+        yield self.row_absmax
+
+
+@dataclass(frozen=True, eq=False)
+class Blockwise4BitWeight:
+    """A weight as bitsandbytes stores it in 4 bits: W.flat[i] = code[nibble i] * absmax[i // blocksize].
+
+    Blocks run over the flat (out, in) array and may cross rows. A nested absmax (double quantization) is expanded
+    when the weight is read, which is exact in float32.
+
+    Attributes:
+        codes: uint8, flat, ceil(out * in / 2); the HIGH nibble is the even element.
+        absmax: float32, flat, ceil(out * in / blocksize).
+        shape: (out, in).
+        scheme: "nf4" or "fp4".
+        blocksize: Weights a block.
+    """
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+    shape: tuple[int, int]
+    scheme: str
+    blocksize: int = 64
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The product of code and absmax, (out, in)."""
+        rows, columns = self.shape
+        count = rows * columns
+        table = _pair_table(self.scheme, self.codes.device)
+        values = table[self.codes.to(torch.int32)].reshape(-1)
+        whole = count - count % self.blocksize
+        values[:whole].view(-1, self.blocksize).mul_(self.absmax[: whole // self.blocksize, None])
+        if whole < count:
+            values[whole:].mul_(self.absmax[-1])
+        return values[:count].view(rows, columns).to(dtype)
+
+    def stored(self) -> Iterator[torch.Tensor]:
+        """Codes, then absmax."""
+        yield self.codes
+        yield self.absmax
+
+
+@lru_cache(maxsize=8)
+def _pair_table(scheme: str, device: torch.device) -> torch.Tensor:
+    """(256, 2): the two values that a byte of codes stands for. Looking up bytes halves the gathers."""
+    code = torch.tensor(NF4_CODE if scheme == "nf4" else FP4_CODE, dtype=torch.float32, device=device)
+    byte = torch.arange(256, device=device)
+    return torch.stack([code[byte >> 4], code[byte & 15]], dim=1)

@@ -97,9 +97,12 @@ class Checkpoint:
                 raise CheckpointError("the index lists no tensors", file=index, expected="a weight_map")
             files: dict[Path, set[str]] = {}
             for name, shard in weight_map.items():
-                if Path(shard).name != shard:
+                if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
                     raise CheckpointError(
-                        "the index names a file outside the model's directory", file=index, found=shard
+                        "the index names something else than a safetensors file in the model's directory",
+                        file=index,
+                        tensor=name,
+                        found=shard,
                     )
                 files.setdefault(self.directory / shard, set()).add(name)
             return files
@@ -123,13 +126,7 @@ class Checkpoint:
         except FileNotFoundError:
             raise CheckpointError("a shard of the model is missing", file=file) from None
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                "the weights are truncated or damaged",
-                file=file,
-                found=str(error),
-                expected="a whole safetensors file",
-                remedy="copy or download the file again",
-            ) from error
+            raise _damaged(file, error) from error
         return names
 
     def __contains__(self, name: object) -> bool:
@@ -150,9 +147,22 @@ class Checkpoint:
         """Read one tensor. Its memory is a mapping of the file that ends with the tensor.
 
         Raises:
-            CheckpointError: There is no such tensor.
+            CheckpointError: There is no such tensor, or the file was damaged since it was opened.
         """
         if name not in self._files:
             raise CheckpointError("a tensor of the model is missing", file=self.directory, tensor=name)
-        with safe_open(self._files[name], framework="pt") as opened:
-            return opened.get_tensor(name)  # type: ignore[no-any-return]
+        try:
+            with safe_open(self._files[name], framework="pt") as opened:
+                return opened.get_tensor(name)  # type: ignore[no-any-return]
+        except (SafetensorError, OSError) as error:
+            raise _damaged(self._files[name], error) from error
+
+
+def _damaged(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        "the weights are truncated or damaged",
+        file=file,
+        found=str(error),
+        expected="a whole safetensors file",
+        remedy="copy or download the file again",
+    )

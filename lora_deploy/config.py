@@ -11,9 +11,9 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lora_deploy.errors import ConfigError
 
@@ -61,7 +61,7 @@ class LoraConfig(BaseModel):
         alpha_pattern: The same for lora_alpha.
     """
 
-    model_config = ConfigDict(extra="allow", validate_assignment=True)
+    model_config = ConfigDict(extra="allow", validate_assignment=True, allow_inf_nan=False)
 
     r: int = Field(default=8, gt=0)
     lora_alpha: float = 8
@@ -76,7 +76,7 @@ class LoraConfig(BaseModel):
     modules_to_save: list[str] | None = None
     init_lora_weights: Literal[True, False, "gaussian"] = True
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    rank_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -90,7 +90,8 @@ class LoraConfig(BaseModel):
         for key, value in values.items():
             if key in cls.model_fields or key in _CARRIED:
                 continue
-            if value not in (None, False, "", [], {}, ()):
+            # By identity: 0 == False, but 0 is a value.
+            if not (value is None or value is False or value in ("", [], {}, ())):
                 raise ConfigError(
                     "this adapter uses a setting that lora-deploy does not support, and leaving it out could change "
                     "what the adapter computes",
@@ -105,6 +106,16 @@ class LoraConfig(BaseModel):
             )
         values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
         return {key: value for key, value in values.items() if key in cls.model_fields or key in _CARRIED}
+
+    @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+    @classmethod
+    def _compile_patterns(cls, value: Any) -> Any:
+        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"a regular expression: {error}") from error
+        return value
 
     def rank(self, module: str) -> int:
         """The rank of one module, `rank_pattern` included.
@@ -173,7 +184,9 @@ class LoraConfig(BaseModel):
 
 
 def _pattern_value(patterns: dict[str, Any], module: str, default: float) -> float:
-    for pattern, value in patterns.items():
+    # The first that matches, as in PEFT; sorted, because PEFT and we sort the keys of the file, so that overlapping
+    # patterns mean the same before and after saving.
+    for pattern, value in sorted(patterns.items()):
         if re.match(rf"(.*\.)?({pattern})$", module):
             return float(value)
     return float(default)

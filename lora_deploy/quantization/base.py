@@ -27,7 +27,7 @@ from lora_deploy.quantization.quantize import expand_absmax, quantize
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, Int8Weight, QuantizedWeight
 
-__all__ = ["LinearLayer", "TrainingBase", "hash_codes", "hash_tensors"]
+__all__ = ["LinearLayer", "TrainingBase", "combine_hashes", "hash_codes", "hash_tensors"]
 
 _4BIT_STATE = "weight.quant_state.bitsandbytes__"
 
@@ -178,6 +178,14 @@ class TrainingBase:
         if self._is_quantized(name):
             return self._stored_weight(self._require_key(name).removesuffix("weight"), self.linears[module].shape)
         values = self.tensor(name)
+        if not values.is_floating_point():
+            raise CheckpointError(
+                "a weight is stored as codes, but the scales that belong to them are missing",
+                file=self.checkpoint.file(self._require_key(name)),
+                tensor=name,
+                found=values.dtype,
+                expected="a floating-point weight, or codes with SCB or quant_state",
+            )
         if self.linears[module].is_conv1d:
             values = values.t().contiguous()
         if self.prequantized or not self.scheme.applies_to(module):
@@ -257,11 +265,22 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def hash_codes(model: nn.Module) -> str:
-    """Hash of the quantized weights of a model's linear layers (`TrainingRecord.codes_sha256`), adapters apart."""
-    named = ((name.removesuffix(".base_layer"), module) for name, module in linear_modules(model).items())
-    return hash_tensors(
-        (name, list(quantized_weight(module).stored()))
-        for name, module in sorted(named)
-        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt))
-    )
+def hash_codes(model: nn.Module) -> str | None:
+    """Hash of the quantized weights of a model's linear layers (`TrainingRecord.codes_sha256`), adapters apart.
+
+    Returns:
+        The hash, or None where no layer is quantized.
+    """
+    hashes = {}
+    for name, module in linear_modules(model).items():
+        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            name = name.removesuffix(".base_layer")
+            hashes[name] = hash_tensors(iter([(name, list(quantized_weight(module).stored()))]))
+    return combine_hashes(hashes)
+
+
+def combine_hashes(hashes: dict[str, str]) -> str | None:
+    """One hash of several, whatever their order; None for none."""
+    if not hashes:
+        return None
+    return hashlib.sha256("".join(f"{name}:{hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -78,14 +79,48 @@ def _from_linear4bit(module: bnb.nn.Linear4bit) -> QuantizedWeight:
 
 
 def keep_codes(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights on a CPU, which loses bits and asserts on odd shapes.
+    """Make bitsandbytes' 4-bit layers compute, on a CPU, what their codes stand for, and leave the codes alone.
 
     On processors with AVX512-BF16 the first forward in eval mode rewrites a Linear4bit in place: other nibble order,
-    absmax rounded to bfloat16. A base that is to be exported must keep what it was trained with.
+    absmax rounded to bfloat16, an assertion on odd shapes. A base that is to be exported must keep what it was
+    trained with. And on processors with AVX512 the kernel of bitsandbytes 0.50 takes the wrong absmax where a block
+    crosses from one row into the next; such layers become `ExactLinear4bit`.
     """
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+        if not isinstance(module, bnb.nn.Linear4bit):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        state = getattr(module.weight, "quant_state", None)
+        plain = type(module) in (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
+        if plain and state is not None and state.shape[1] % state.blocksize:
+            module.__class__ = ExactLinear4bit
+
+
+class ExactLinear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
+    """A Linear4bit that, on a CPU, multiplies with the values that `quantized_weight` gives."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Compute the layer: x (..., in) -> (..., out), of the input's type."""
+        if x.device.type != "cpu":
+            return cast(torch.Tensor, super().forward(x))
+        compute_dtype = self.compute_dtype or x.dtype
+        result: torch.Tensor = _DequantizedMatMul.apply(x.to(compute_dtype), self)  # type: ignore[no-untyped-call]
+        if self.bias is not None:
+            result = result + self.bias.to(compute_dtype)
+        return result.to(x.dtype)
+
+
+class _DequantizedMatMul(torch.autograd.Function):
+    """x @ W.T of a frozen 4-bit weight, which is dequantized again for the backward instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: bnb.nn.Linear4bit) -> torch.Tensor:
+        ctx.layer = layer
+        return F.linear(x, quantized_weight(layer).dequantize(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad @ quantized_weight(ctx.layer).dequantize(grad.dtype), None
 
 
 def quantize_model(
@@ -176,6 +211,10 @@ def load_base_model(
         parameter.requires_grad_(False)
         if parameter.is_floating_point() and not isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params)):
             parameter.data = parameter.data.to(compute_dtype)
+    for module in loaded.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            # bitsandbytes' backward rounds the weight to this type, which a checkpoint may have left at bfloat16.
+            module.weight.quant_state.dtype = compute_dtype
     keep_codes(loaded)
     nn.Module.to(loaded, device)
     loaded.config.dtype = compute_dtype

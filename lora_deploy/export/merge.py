@@ -1,0 +1,61 @@
+"""The weight that is deployed: W' = dequantize(base as trained) + scaling * B @ A, in float32.
+
+The base is the one the adapter was TRAINED on. For a QLoRA adapter that is the dequantized NF4 weight, not the
+original one: the adapter has learnt to live with the quantization error, and without it computes something else.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lora_deploy.adapter import LoraAdapter
+from lora_deploy.quantization.base import TrainingBase, hash_tensors
+
+__all__ = ["MergedParameters"]
+
+
+class MergedParameters:
+    """The parameters of the base with an adapter merged in, one at a time.
+
+    Args:
+        base: The training base.
+        adapter: What to merge; None for the base alone.
+
+    Attributes:
+        code_hashes: Hash of each quantized weight read so far, by layer (`lora_deploy.quantization.base.hash_codes`).
+    """
+
+    def __init__(self, base: TrainingBase, adapter: LoraAdapter | None) -> None:
+        self.base = base
+        self.adapter = adapter
+        self.code_hashes: dict[str, str] = {}
+
+    def read(self, parameter: str, *, transposed: bool = False) -> torch.Tensor:
+        """Read one parameter.
+
+        Args:
+            parameter: Its name in the transformers model.
+            transposed: Whether the checkpoint stores it as (in, out) and (out, in) is wanted.
+
+        Returns:
+            A weight that is quantized or updated: float32, (out, in). Anything else: as the checkpoint stores it,
+            turned if `transposed`.
+        """
+        trained = self.adapter.parameters.get(parameter) if self.adapter else None
+        if trained is not None:
+            return trained.t() if transposed else trained
+        module = parameter.removesuffix(".weight")
+        if parameter.endswith(".weight") and module in self.base.linears:
+            return self._linear(module)
+        values = self.base.tensor(parameter)
+        return values.t() if transposed else values
+
+    def _linear(self, module: str) -> torch.Tensor:
+        weight = self.base.weight(module)
+        if weight.scheme != "none":
+            self.code_hashes[module] = hash_tensors(iter([(module, list(weight.stored()))]))
+        update = self.adapter.updates.get(module) if self.adapter else None
+        if update is None:
+            return next(weight.stored()) if weight.scheme == "none" else weight.dequantize()
+        values = weight.dequantize()
+        return values.addmm_(update.B.float() * update.scaling, update.A.float())

@@ -1,0 +1,162 @@
+"""Files written so that a crash at any moment leaves either the old export or the new one.
+
+Everything is staged in a directory beside the output. The weights get a name made of their own hash, so an old
+`model.onnx` never reads new weights; `model.onnx` comes last and is the single commit point.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from lora_deploy.errors import OutputError
+
+__all__ = ["DATA_PATTERN", "MODEL_NAME", "commit", "staging_directory", "write_data", "write_model"]
+
+MODEL_NAME = "model.onnx"
+DATA_PATTERN = "model-*.onnx.data"
+
+# Page alignment lets onnxruntime map a tensor; smaller ones stay inside model.onnx, where shapes must be.
+_ALIGNMENT = 4096
+_INLINE_BYTES = 1024
+_PIECE = 1 << 24
+
+
+@contextmanager
+def staging_directory(output: Path) -> Iterator[Path]:
+    """A new directory beside `output`, on the same file system, that is gone afterwards.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        directory = Path(tempfile.mkdtemp(prefix=f".{output.name}.staging-", dir=output.parent))
+    except OSError as error:
+        raise _failed(output, error) from error
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def write_data(
+    model: ir.Model,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    directory: Path,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> str:
+    """Write the initializers to a content-named data file and let the graph refer to it.
+
+    Args:
+        model: The graph; the initializers in `tensors` get their values here.
+        tensors: Name and values of each; only one is in memory at a time.
+        directory: Where the file goes.
+        on_bytes: Is told how many bytes were written, again and again.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        OutputError: It could not be written.
+    """
+    partial = directory / "weights.partial"
+    digest = hashlib.sha256()
+    places: dict[str, tuple[int, int]] = {}
+    try:
+        with open(partial, "wb") as file:
+            for name, values in tensors:
+                raw = values.reshape(-1).view(torch.uint8).numpy()
+                value = model.graph.initializers[name]
+                if raw.nbytes < _INLINE_BYTES:
+                    value.const_value = ir.Tensor(_in_ir(values), dtype=value.dtype, name=name)
+                    continue
+                padding = bytes(-file.tell() % _ALIGNMENT)
+                file.write(padding)
+                digest.update(padding)
+                places[name] = (file.tell(), raw.nbytes)
+                for start in range(0, raw.nbytes, _PIECE):
+                    piece = raw[start : start + _PIECE].data
+                    file.write(piece)
+                    digest.update(piece)
+                    on_bytes(piece.nbytes)
+            file.flush()
+            os.fsync(file.fileno())
+        sha256 = digest.hexdigest()
+        final = f"model-{sha256[:12]}.onnx.data"
+        partial.rename(directory / final)
+    except OSError as error:
+        raise _failed(directory, error) from error
+    for name, (offset, length) in places.items():
+        value = model.graph.initializers[name]
+        assert value.dtype is not None
+        assert value.shape is not None
+        value.const_value = ir.ExternalTensor(
+            final, offset, length, value.dtype, shape=value.shape, name=name, base_dir=directory
+        )
+    return sha256
+
+
+def _in_ir(values: torch.Tensor) -> ir.TensorProtocol:
+    return ir.tensor_adapters.TorchTensor(values.clone())
+
+
+def write_model(model: ir.Model, directory: Path) -> None:
+    """Write the graph, which refers to the data file.
+
+    Raises:
+        OutputError: It could not be written.
+    """
+    file = directory / MODEL_NAME
+    try:
+        ir.save(model, file)
+        _sync(file)
+    except OSError as error:
+        raise _failed(file, error) from error
+
+
+def commit(staging: Path, output: Path) -> None:
+    """Move the staged files to the output, `model.onnx` last, and remove weights that nothing refers to any more.
+
+    Raises:
+        OutputError: It could not be done.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != MODEL_NAME)
+        for file in [*files, staging / MODEL_NAME]:
+            target = output / file.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+        _sync(output)
+        kept = {file.name for file in files}
+        for stale in output.glob(DATA_PATTERN):
+            if stale.name not in kept:
+                stale.unlink()
+    except OSError as error:
+        raise _failed(output, error) from error
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _failed(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        "the export could not be written",
+        file=error.filename or path,
+        found=error.strerror or str(error),
+        remedy="make room or choose another --output; nothing was changed",
+    )

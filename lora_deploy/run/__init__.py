@@ -1,0 +1,6 @@
+"""Run an export in onnxruntime."""
+
+from lora_deploy.run.generate import OnnxModel
+from lora_deploy.run.session import OnnxSession
+
+__all__ = ["OnnxModel", "OnnxSession"]

@@ -1,0 +1,75 @@
+"""The dequantized twin: what was trained, written out in plain float32 PyTorch.
+
+Every linear layer is an explicit dequantized weight and a float32 matmul, with the adapter as a branch beside it. It
+shares neither the checkpoint reader nor the merge with the export: transformers loads the model, and the branch is
+never merged. bitsandbytes' own forward is no reference, for in 8 bits it quantizes the activations too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import cast
+
+import bitsandbytes as bnb
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_deploy.adapter import LoraAdapter, apply_adapter
+from lora_deploy.quantization import DenseWeight, load_base_model, quantize, quantized_weight
+from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.quantization.model import linear_modules
+
+__all__ = ["compute_logits", "load_live_model", "load_twin"]
+
+
+def load_twin(base: TrainingBase) -> PreTrainedModel:
+    """The base as it was trained on, dequantized, in float32 on the CPU; `apply_adapter` adds the branch."""
+    model = AutoModelForCausalLM.from_pretrained(base.directory, dtype="auto", attn_implementation="eager")
+    for name, module in linear_modules(model).items():
+        weight = quantized_weight(module)
+        if not base.prequantized and base.scheme.applies_to(name):
+            weight = quantize(cast(DenseWeight, weight).values, base.scheme)
+        if weight.scheme == "none":
+            continue
+        values = weight.dequantize()
+        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            plain = nn.Linear(values.shape[1], values.shape[0], bias=module.bias is not None, device="meta")
+            plain.bias = module.bias
+            plain.weight = nn.Parameter(values)
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, plain)
+        else:
+            module.weight = nn.Parameter(values.t().contiguous() if isinstance(module, Conv1D) else values)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.float()
+    return cast(PreTrainedModel, model.train(False))
+
+
+def load_live_model(base: TrainingBase, adapter: LoraAdapter | None) -> PreTrainedModel:
+    """The model as bitsandbytes runs it, adapter included; only to report how far its forward is from the twin's."""
+    model = load_base_model(str(base.directory), base.scheme)
+    if adapter is not None:
+        apply_adapter(model, adapter)
+    return cast(PreTrainedModel, model.train(False))
+
+
+@torch.inference_mode()
+def compute_logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Logits of a padded batch without any cache.
+
+    Args:
+        model: The twin.
+        input_ids: (batch, length).
+        attention_mask: (batch, length), 0 for padding anywhere in a row.
+
+    Returns:
+        float32 (batch, length, vocabulary); rows of padding hold nothing of meaning.
+    """
+    position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_(min=0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+        output = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+    return cast(torch.Tensor, output.logits.float())

@@ -1,0 +1,180 @@
+"""What the parity check found: every metric, one gate."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+from lora_deploy.errors import OutputError, ParityError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["REPORT_NAME", "CaseResult", "Metrics", "ParityReport"]
+
+REPORT_NAME = "parity.json"
+
+
+class Metrics(BaseModel):
+    """How far two sets of logits are apart.
+
+    Attributes:
+        max_abs: Largest difference of a logit.
+        mean_kl: Mean Kullback-Leibler divergence from the reference, nats a token.
+        max_kl: The largest of a single token.
+        top1: Share of tokens, ties apart, whose most probable successor is the same.
+        tokens: How many tokens were compared.
+        ties: How many of them were ties.
+    """
+
+    max_abs: float
+    mean_kl: float
+    max_kl: float
+    top1: float
+    tokens: int
+    ties: int
+
+
+class CaseResult(BaseModel):
+    """One case: the export, and the negative control, against the same reference.
+
+    Attributes:
+        name: What was run.
+        export: The export against the twin.
+        control: The base without its adapter against the export; None where there is no adapter.
+        passed: Whether the export is within the tolerance.
+    """
+
+    name: str
+    export: Metrics
+    control: Metrics | None
+    passed: bool
+
+
+class ParityReport(BaseModel):
+    """The whole check.
+
+    Attributes:
+        precision: Which row of the table of tolerances was the gate.
+        provider: The execution provider that ran.
+        tolerance: The gate: limits by name.
+        cases: What was run.
+        control_failed: Whether the base alone fails the gate, as it must; None where there is no adapter.
+        passed: The gate.
+        bitsandbytes_gap: How far bitsandbytes' own forward is from the twin (8-bit bases: it quantizes activations).
+        notes: What limits the check.
+        versions: Versions of the libraries that ran.
+    """
+
+    precision: str
+    provider: str
+    tolerance: dict[str, float | None]
+    cases: list[CaseResult]
+    control_failed: bool | None
+    passed: bool
+    bitsandbytes_gap: Metrics | None = None
+    notes: list[str] = []
+    versions: dict[str, str] = {}
+
+    def save(self, directory: Path) -> None:
+        """Write `parity.json`.
+
+        Raises:
+            OutputError: It could not be written.
+        """
+        file = directory / REPORT_NAME
+        try:
+            file.write_text(json.dumps(self.model_dump(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OutputError("the parity report could not be written", file=file, found=str(error)) from error
+
+    def failures(self) -> str:
+        """What does not hold, in one line; empty if the gate passes."""
+        parts = [
+            f"{case.name}: max abs {case.export.max_abs:.3g}, KL {case.export.mean_kl:.3g}, "
+            f"top-1 {case.export.top1:.2%}"
+            for case in self.cases
+            if not case.passed
+        ]
+        if self.control_failed is False:
+            parts.append(
+                "the adapter changes next to nothing (was it trained?): without it, "
+                + ", ".join(f"KL {case.control.mean_kl:.1e}" for case in self.cases if case.control is not None)
+            )
+        return "; ".join(parts)
+
+    def require(self, output: Path) -> None:
+        """Raise unless the gate passes.
+
+        Args:
+            output: The export, for the message.
+
+        Raises:
+            ParityError: The export does not compute what was trained, or the check cannot tell.
+        """
+        if self.passed:
+            return
+        if all(case.passed for case in self.cases):
+            raise ParityError(
+                "the parity check proves nothing: without its adapter the base is within the tolerance too",
+                file=output,
+                found=self.failures(),
+                expected="an adapter whose effect is larger than the tolerance",
+                remedy="if the adapter is meant to change so little: --precision fp32, whose tolerance is the finest, "
+                "or export with --no-verify",
+            )
+        raise ParityError(
+            f"the export does not compute what was trained\n{self.summary()}",
+            file=output,
+            found=self.failures(),
+            remedy="please report it; export with --no-verify writes it all the same",
+        )
+
+    def summary(self) -> str:
+        """The cases as plain text, a line each."""
+        limits = ", ".join(f"{name} {value:g}" for name, value in self.tolerance.items() if value is not None)
+        lines = [f"{self.precision} on {self.provider} ({limits})"]
+        for case in self.cases:
+            control = "" if case.control is None else f" | base alone: KL {case.control.mean_kl:.3g}"
+            lines.append(
+                f"  {'ok  ' if case.passed else 'FAIL'} {case.name}: max abs {case.export.max_abs:.3g}, "
+                f"KL {case.export.mean_kl:.3g}, top-1 {case.export.top1:.2%}{control}"
+            )
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        """The cases as a table for the screen."""
+        from rich.table import Table
+
+        limit = self.tolerance
+        table = Table(title=f"Parity with the trained model ({self.precision}, {self.provider})", title_justify="left")
+        for heading in ("case", "tokens", "max abs", "KL", "top-1", "base alone: KL", "top-1", ""):
+            table.add_column(heading, justify="left" if heading in ("case", "") else "right")
+        for case in self.cases:
+            control = case.control
+            table.add_row(
+                case.name,
+                str(case.export.tokens),
+                f"{case.export.max_abs:.1e}",
+                f"{case.export.mean_kl:.1e}",
+                f"{case.export.top1:.1%}",
+                "" if control is None else f"{control.mean_kl:.1e}",
+                "" if control is None else f"{control.top1:.1%}",
+                "ok" if case.passed else "FAIL",
+            )
+        table.add_section()
+        max_abs = limit.get("max_abs")
+        table.add_row(
+            "tolerance",
+            "",
+            "" if max_abs is None else f"{max_abs:.0e}",
+            f"{limit['kl']:.0e}",
+            f"{limit['top1']:.1%}",
+            "must fail" if self.control_failed is not None else "",
+            "",
+            "passed" if self.passed else "FAILED",
+        )
+        return table

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
-from lora_deploy.errors import LoraDeployError
+from lora_deploy.errors import LoraDeployError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from lora_deploy.verify import ParityReport
 
 app = typer.Typer(
     name="lora-deploy",
@@ -25,19 +32,39 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors."
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
 
 
+@app.callback()
+def _root() -> None:
+    """What you trained is what you deploy: QLoRA adapters from training to onnxruntime, with proof."""
+    # bitsandbytes warns on import about an optional kernel; transformers draws bars of its own.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
 def main() -> None:
     """Run the command line and end the process with the exit code of the design.
 
     0 done; 1 a bug of ours; 2 usage; 3 bad or mismatched input; 4 parity failed; 5 could not write; 130 interrupted.
     """
     try:
-        app(standalone_mode=True)
-    except LoraDeployError as error:
-        print(f"lora-deploy: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(app(standalone_mode=False) or 0)
+    except typer.Abort:
+        code = _fail("interrupted", 130)
     except KeyboardInterrupt:
-        print("lora-deploy: interrupted", file=sys.stderr)
-        sys.exit(130)
+        code = _fail("interrupted", 130)
+    except LoraDeployError as error:
+        code = _fail(str(error), error.exit_code)
+    except Exception as error:
+        if not hasattr(error, "exit_code"):  # click's usage errors have one, and are bugs of nobody
+            raise
+        error.show()  # type: ignore[attr-defined]
+        code = int(error.exit_code)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"lora-deploy: {message}", file=sys.stderr)
+    return code
 
 
 def _console(quiet: bool = False, as_json: bool = False) -> Console:
@@ -49,3 +76,238 @@ def _console(quiet: bool = False, as_json: bool = False) -> Console:
 
 def _print_json(values: Any) -> None:
     print(json.dumps(values, indent=2, sort_keys=True, default=str))
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option("--model", help="The base: a directory or a hub id.")],
+    data: Annotated[Path, typer.Option("--data", help="JSONL with prompt and completion, messages, or text.")],
+    output: Annotated[Path, typer.Option("--output", help="Directory for the adapter.")],
+    quantization: Annotated[
+        str | None, typer.Option(help="nf4, fp4, int8 or none. [default: nf4, or what the checkpoint is]")
+    ] = None,
+    no_double_quant: Annotated[bool, typer.Option("--no-double-quant", help="Leave the absmax values alone.")] = False,
+    blocksize: Annotated[int, typer.Option(help="Weights that share one absmax (nf4, fp4).")] = 64,
+    rank: Annotated[int, typer.Option(help="Rank of the update.")] = 16,
+    alpha: Annotated[float, typer.Option(help="The update is scaled by alpha / rank.")] = 32,
+    dropout: Annotated[float, typer.Option(help="Dropout on the input of the update.")] = 0.0,
+    target_modules: Annotated[str, typer.Option(help="Names, separated by commas.")] = "all-linear",
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in the place of --epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows a process takes at once.")] = 4,
+    gradient_accumulation: Annotated[int, typer.Option(help="Batches to one optimizer step.")] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
+    learning_rate: Annotated[float, typer.Option(help="The highest learning rate.")] = 2e-4,
+    schedule: Annotated[str, typer.Option(help="linear, cosine or constant, after the warmup.")] = "linear",
+    warmup_ratio: Annotated[float, typer.Option(help="Part of the steps in which the rate rises.")] = 0.03,
+    optimizer: Annotated[
+        str, typer.Option(help="auto, adamw, adamw_8bit, paged_adamw_8bit or paged_adamw_32bit.")
+    ] = "auto",
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens in a row. [default: 1024, or the model's limit]")
+    ] = None,
+    pack: Annotated[bool, typer.Option("--pack", help="Put several examples into a row.")] = False,
+    no_chat_template: Annotated[
+        bool, typer.Option("--no-chat-template", help="Take prompt and completion as they are.")
+    ] = False,
+    eval_fraction: Annotated[float, typer.Option(help="Part of the data kept for evaluation.")] = 0.0,
+    eval_data: Annotated[Path | None, typer.Option(help="JSONL for evaluation.")] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="Steps between evaluations. [default: a tenth]")] = None,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    seed: Annotated[int, typer.Option(help="Decides everything random.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the output.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter over a quantized base. Ctrl-C saves; --resume goes on bit for bit."""
+    values = dict(locals())
+    from lora_deploy.train import TrainOptions, train_adapter
+
+    for name in ("quiet", "as_json"):
+        del values[name]
+    values["double_quant"] = not values.pop("no_double_quant")
+    values["chat_template"] = not values.pop("no_chat_template")
+    if target_modules != "all-linear":
+        values["target_modules"] = [name.strip() for name in target_modules.split(",") if name.strip()]
+    console = _console(quiet, as_json)
+    result = train_adapter(TrainOptions(**values), console=console)
+    if not result.main_process:
+        return
+    if as_json:
+        _print_json(result.model_dump(mode="json"))
+        return
+    console.print(f"{result.trainable_parameters:,} of {result.total_parameters:,} parameters trained")
+    console.print(f"{result.steps} steps, loss {result.loss:.4f}, {result.tokens_per_second or 0:,.0f} tokens/s")
+    console.print(f"the adapter is in {result.output}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Option("--model", help="The base it was trained on: a directory or a hub id.")],
+    output: Annotated[Path, typer.Option("--output", help="Directory to write.")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="Directory of the adapter.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the dequantized weights.")] = False,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16. [default: fp32 on cpu, fp16 on cuda]")
+    ] = None,
+    quantization: Annotated[
+        str, typer.Option(help="What the base was in training: auto, none, nf4, fp4 or int8.")
+    ] = "auto",
+    no_double_quant: Annotated[
+        bool, typer.Option("--no-double-quant", help="The absmax values were left alone.")
+    ] = False,
+    provider: Annotated[str, typer.Option(help="What it will run on: cpu or cuda.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave the parity check out.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Export an adapter and its base to ONNX, and prove that nothing was lost."""
+    if not merge:
+        raise UsageError("say how the adapter is exported", remedy="add --merge")
+    console = _console(quiet, as_json)
+    with _progress(console) as on_progress:
+        from lora_deploy.export import export_onnx
+
+        result = export_onnx(
+            model,
+            adapter,
+            output=output,
+            precision=precision,
+            quantization=quantization,
+            double_quant=not no_double_quant,
+            provider=provider,
+            overwrite=overwrite,
+            verify=not no_verify,
+            on_progress=on_progress,
+        )
+    for warning in result.warnings:
+        console.print(f"warning: {warning}", style="yellow")
+    if result.report is not None:
+        _print_report(console, result.report)
+    console.print(f"{result.bytes / 1e6:,.1f} MB in {result.output}", soft_wrap=True)
+    if as_json:
+        report = result.report.model_dump() if result.report else None
+        _print_json(
+            {"output": result.output, "bytes": result.bytes, "parity": report, "warnings": list(result.warnings)}
+        )
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="What export wrote.", metavar="OUT")],
+    model: Annotated[str | None, typer.Option("--model", help="The base, if it has moved.")] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="The adapter, if it has moved.")] = None,
+    provider: Annotated[str | None, typer.Option(help="cpu or cuda. [default: what it was made for]")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compare an export with the model that was trained, anew."""
+    console = _console(quiet, as_json)
+    with _progress(console) as on_progress:
+        from lora_deploy.verify import verify as check
+
+        report = check(directory, model=model, adapter=adapter, provider=provider, on_progress=on_progress)
+    _print_report(console, report)
+    if as_json:
+        _print_json(report.model_dump())
+    report.require(directory)
+
+
+@app.command()
+def run(
+    directory: Annotated[Path, typer.Argument(help="What export wrote.", metavar="OUT")],
+    prompt: Annotated[str, typer.Option("--prompt", help="What to say to the model.")],
+    system: Annotated[str | None, typer.Option(help="The system message, in the place of the template's own.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0: the most probable token; above: drawn by chance.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the tokens that reach this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
+    no_chat_template: Annotated[bool, typer.Option("--no-chat-template", help="Take the prompt as it is.")] = False,
+    provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Generate text from an export; it streams to the screen."""
+    from lora_deploy.run import OnnxModel
+
+    model = OnnxModel(directory, cast("Literal['cpu', 'cuda']", provider))
+    pieces = []
+    for piece in model.stream(
+        prompt,
+        chat_template=not no_chat_template,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    ):
+        pieces.append(piece)
+        if not as_json:
+            print(piece, end="", flush=True)
+    if as_json:
+        _print_json({"text": "".join(pieces), "tokens_per_second": model.tokens_per_second})
+        return
+    print()
+    if not quiet and model.tokens_per_second:
+        print(f"[{model.tokens_per_second:.1f} tokens/s]", file=sys.stderr)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="Directory for everything.")] = Path("lora-deploy-demo"),
+    model: Annotated[str | None, typer.Option("--model", help="Another model than SmolLM2-135M-Instruct.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 40,
+    precision: Annotated[str, typer.Option(help="Of the export: fp32 or fp16.")] = "fp32",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """The whole way on a real model: train on 4 bits, export merged, prove it, run it."""
+    from lora_deploy.demo import run_demo
+
+    console = _console(quiet, as_json)
+    result = run_demo(output, steps=steps, precision=precision, console=console, progress=_progress, model=model)
+    if as_json:
+        _print_json(vars(result))
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each task that reports its progress."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=console.quiet) as progress:
+        preparing = progress.add_task("preparing", total=None)
+        tasks: dict[str, Any] = {}
+
+        def on_progress(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                progress.update(preparing, total=1, completed=1)
+                tasks[name] = progress.add_task(name, total=total)
+            progress.update(tasks[name], completed=done, total=total)
+
+        yield on_progress
+
+
+def _print_report(console: Console, report: ParityReport) -> None:
+    console.print(report.table())
+    for note in report.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    if report.bitsandbytes_gap is not None:
+        gap = report.bitsandbytes_gap
+        console.print(
+            f"note: bitsandbytes' own forward, which quantizes activations, is itself {gap.max_abs:.2g} (max abs), "
+            f"KL {gap.mean_kl:.1e} from the trained function",
+            soft_wrap=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

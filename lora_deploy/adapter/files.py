@@ -85,7 +85,7 @@ def read_adapter(directory: str | Path) -> LoraAdapter:
     updates = {target: _pair(file, target, sides, config) for target, sides in halves.items()}
     if not updates:
         raise AdapterError("the adapter updates nothing", file=file, expected="lora_A and lora_B tensors")
-    _check_parameters(file, config, parameters)
+    _check_parameters(file, config, updates, parameters)
     return LoraAdapter(config, updates, parameters, str(directory))
 
 
@@ -138,14 +138,20 @@ def _pair(file: Path, target: str, sides: dict[str, torch.Tensor], config: LoraC
     return LoraUpdate(a, b, config.scaling(target))
 
 
-def _check_parameters(file: Path, config: LoraConfig, parameters: dict[str, torch.Tensor]) -> None:
-    """Every tensor that is no A or B must be one that the configuration announces."""
+def _check_parameters(
+    file: Path, config: LoraConfig, updates: dict[str, LoraUpdate], parameters: dict[str, torch.Tensor]
+) -> None:
+    """Every tensor that is no A or B must be one that the configuration announces.
+
+    PEFT also saves the base's own weight of an adapted output head (`lm_head.base_layer.weight`).
+    """
     saved = config.modules_to_save or []
     for name in parameters:
         module, _, last = name.rpartition(".")
         path = module.split(".")
         is_saved = any(part in path or module == part or module.endswith(f".{part}") for part in saved)
-        if not is_saved and not (last == "bias" and config.bias != "none"):
+        is_base_weight = last == "weight" and module in updates
+        if not is_saved and not is_base_weight and not (last == "bias" and config.bias != "none"):
             raise AdapterError(
                 "the adapter holds a tensor that its configuration does not announce",
                 file=file,
@@ -166,15 +172,14 @@ def write_adapter(adapter: LoraAdapter, directory: str | Path) -> None:
         OutputError: Something could not be written.
     """
     directory = Path(directory)
-    lora_only = adapter.config.bias == "lora_only"
     tensors: dict[str, torch.Tensor] = {}
     for target, update in adapter.updates.items():
         tensors[f"{_PREFIX}{target}.lora_A.weight"] = update.A.contiguous()
         tensors[f"{_PREFIX}{target}.lora_B.weight"] = update.B.contiguous()
     for name, values in adapter.parameters.items():
         module, _, last = name.rpartition(".")
-        if module in adapter.updates and last == "bias" and (lora_only or adapter.config.bias == "all"):
-            name = f"{module}.base_layer.bias"
+        if module in adapter.updates:
+            name = f"{module}.base_layer.{last}"
         tensors[f"{_PREFIX}{name}"] = values.contiguous()
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from lora_deploy.adapter.adapter import LoraAdapter, LoraUpdate
 from lora_deploy.adapter.files import read_adapter, write_adapter
 from lora_deploy.errors import AdapterError
 from lora_deploy.layers.model import get_lora_config, get_lora_model, lora_layers, saved_modules
-from lora_deploy.quantization.model import linear_modules, quantized_weight
+from lora_deploy.quantization.model import is_linear, quantized_weight
 
 __all__ = ["adapter_of", "apply_adapter", "load_adapter", "save_adapter"]
 
@@ -67,8 +67,12 @@ def apply_adapter(model: nn.Module, adapter: LoraAdapter) -> nn.Module:
     Raises:
         AdapterError: The adapter does not fit the model.
     """
-    if not lora_layers(model):
-        linears = {name: quantized_weight(module).shape for name, module in linear_modules(model).items()}
+    if lora_layers(model):
+        _check_same_kind(model, adapter)
+    else:
+        # The output head too, which get_lora_model adapts where it is named.
+        modules = {name: module for name, module in model.named_modules() if is_linear(module)}
+        linears = {name: quantized_weight(module).shape for name, module in modules.items()}
         shapes = {name: tuple(values.shape) for name, values in _plain_parameters(model).items()}
         adapter.check_against(shapes, linears)
         config = adapter.config.model_copy(update={"target_modules": sorted(adapter.updates), "exclude_modules": None})
@@ -84,9 +88,39 @@ def apply_adapter(model: nn.Module, adapter: LoraAdapter) -> nn.Module:
             layers[name].lora_A.weight.copy_(update.A)
             layers[name].lora_B.weight.copy_(update.B)
             layers[name].scaling = update.scaling
+            if layers[name].merged:
+                layers[name].unmerge()
+                layers[name].merge()
         for name, values in adapter.parameters.items():
             parameters[name].copy_(values)
     return model
+
+
+def _check_same_kind(model: nn.Module, adapter: LoraAdapter) -> None:
+    """Make sure that an adapter can take the place of the one that the model has (copying would broadcast)."""
+    config = get_lora_config(model)
+    for field in ("bias", "modules_to_save"):
+        found, expected = getattr(adapter.config, field), getattr(config, field)
+        if (found or None) != (expected or None):
+            raise AdapterError(
+                "the adapter trains other parameters than the one in the model",
+                file=adapter.source,
+                tensor=field,
+                found=found,
+                expected=expected,
+                remedy="load the base anew",
+            )
+    for name, layer in lora_layers(model).items():
+        update, shapes = adapter.updates.get(name), (layer.lora_A.weight.shape, layer.lora_B.weight.shape)
+        if update is not None and (update.A.shape, update.B.shape) != shapes:
+            raise AdapterError(
+                "the adapter's update has another shape than the one in the model",
+                file=adapter.source,
+                tensor=name,
+                found=f"A {tuple(update.A.shape)}, B {tuple(update.B.shape)}",
+                expected=f"A {tuple(shapes[0])}, B {tuple(shapes[1])}",
+                remedy="load the base anew",
+            )
 
 
 def save_adapter(model: nn.Module, directory: str | Path) -> None:

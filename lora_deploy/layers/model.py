@@ -6,8 +6,9 @@ import copy
 import difflib
 import logging
 import re
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -60,6 +61,7 @@ def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
             "the model has an adapter already", tensor=next(iter(lora_layers(model))), remedy="load the base anew"
         )
     targets = find_targets(model, config)
+    saved_modules(model, config)  # Raises before anything is changed.
     model.requires_grad_(False)
     for name, module in targets.items():
         if config.fan_in_fan_out and not isinstance(module, Conv1D):
@@ -73,8 +75,8 @@ def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
             merge_weights=config.merge_weights,
         )
         _replace(model, name, layer)
-    if any(isinstance(module, Conv1D) for module in targets.values()) and not config.fan_in_fan_out:
-        config = config.model_copy(update={"fan_in_fan_out": True})
+    has_conv1d = any(isinstance(module, Conv1D) for module in targets.values())
+    config = config.model_copy(update={"fan_in_fan_out": has_conv1d})
     _train_saved_modules(model, config)
     _train_biases(model, config)
     model._lora_config = config  # type: ignore[assignment]
@@ -132,7 +134,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     targets = linear_modules(model) if every else _match_modules(model, config)
     excluded = config.exclude_modules
     targets = {name: module for name, module in targets.items() if excluded is None or not _matches(name, excluded)}
-    if config.layers_to_transform is not None:
+    targets = {name: module for name, module in targets.items() if not _is_saved(name, config)}
+    if config.layers_to_transform not in (None, []):
         targets = {name: module for name, module in targets.items() if _in_layers(name, config)}
     if not targets:
         raise ConfigError(
@@ -146,8 +149,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
 
 def _match_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     wanted = cast("list[str] | str", config.target_modules)
-    saved = config.modules_to_save or []
-    modules = {name: module for name, module in model.named_modules() if name and not _matches(name, saved)}
+    modules = {name: module for name, module in model.named_modules() if name and not _is_saved(name, config)}
     targets = {name: module for name, module in modules.items() if _matches(name, wanted)}
     for pattern in [wanted] if isinstance(wanted, str) else wanted:
         if not any(_matches(name, pattern if isinstance(wanted, str) else [pattern]) for name in targets):
@@ -171,6 +173,11 @@ def _matches(name: str, wanted: list[str] | str) -> bool:
     if isinstance(wanted, str):
         return re.fullmatch(wanted, name) is not None
     return any(name == item or name.endswith(f".{item}") for item in wanted)
+
+
+def _is_saved(name: str, config: LoraConfig) -> bool:
+    """Whether the module is trained whole, or is a part of one that is; it then gets no adapter."""
+    return any(re.match(rf"(.*\.)?{re.escape(saved)}(\.|$)", name) for saved in config.modules_to_save or [])
 
 
 def _endings(modules: dict[str, nn.Module]) -> list[str]:
@@ -222,9 +229,26 @@ def _train_saved_modules(model: nn.Module, config: LoraConfig) -> None:
                     tensor=name,
                     remedy="leave it out of the quantization (skip_modules)",
                 )
+        outside = next(trained.parameters()).dtype
+        if outside != torch.float32:
+            _compute_in_float32(trained, outside)
+        for parameter in trained.parameters():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         _replace(model, name, trained)
+
+
+def _compute_in_float32(module: nn.Module, outside: torch.dtype) -> None:
+    """Let a module whose parameters are float32 take and give the narrower type of the model around it."""
+
+    def widen(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs)
+
+    def narrow(_: nn.Module, __: Any, output: Any) -> Any:
+        return output.to(outside) if isinstance(output, torch.Tensor) else output
+
+    module.register_forward_pre_hook(widen)
+    module.register_forward_hook(narrow)
 
 
 def _train_biases(model: nn.Module, config: LoraConfig) -> None:

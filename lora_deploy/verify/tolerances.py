@@ -24,12 +24,12 @@ class Tolerance:
     max_abs: float | None = None
 
 
-# fp16 and bf16 have 11 and 8 bits of mantissa: a logit of 20 is off by up to 0.008 and 0.06 by its own rounding alone,
-# so differences of single logits say little there, and a tie is wider. "bf16 weights" is a bf16 export on a machine
-# without bfloat16 kernels: the weights are rounded, the computation is float32.
+# A half-precision network rounds at every step. Measured on SmolLM2-135M, single logits are then off by 0.1 (fp16) and
+# 0.25 (bf16 weights alone), so a limit on them says little, and two successors closer than that are a tie.
+# "bf16 weights" is a bf16 export on a machine without bfloat16 kernels: rounded weights, float32 arithmetic.
 TOLERANCES = {
     "fp32": Tolerance(kl=1e-6, top1=1.0, tie_margin=2e-3, max_abs=1e-3),
-    "fp16": Tolerance(kl=1e-4, top1=0.995, tie_margin=3e-2),
-    "bf16": Tolerance(kl=1e-2, top1=0.95, tie_margin=2.5e-1),
-    "bf16 weights": Tolerance(kl=1e-3, top1=0.98, tie_margin=1e-1),
+    "fp16": Tolerance(kl=1e-4, top1=0.995, tie_margin=1e-1),
+    "bf16": Tolerance(kl=1e-2, top1=0.95, tie_margin=5e-1),
+    "bf16 weights": Tolerance(kl=3e-3, top1=0.98, tie_margin=2.5e-1),
 }

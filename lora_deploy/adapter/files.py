@@ -7,8 +7,9 @@ leaving it out would change what the adapter computes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,11 +29,13 @@ _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module)\.")
 _LORA_KEY = re.compile(r"(?P<target>.+)\.lora_(?P<side>[AB])\.weight")
 
 
-def read_adapter(directory: str | Path) -> LoraAdapter:
+def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
     """Read an adapter that PEFT or lora-deploy saved.
 
     Args:
         directory: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        lazy: Check everything now, but read each update again from the file when it is used, so that an adapter of
+            any size costs little memory. The file must stay as it is meanwhile.
 
     Returns:
         The adapter, its tensors on the CPU in the type they were saved in.
@@ -58,7 +61,7 @@ def read_adapter(directory: str | Path) -> LoraAdapter:
             remedy="load it with PEFT where you trust it, and save it again with save_pretrained()",
         )
     config = LoraConfig.load(directory)
-    halves: dict[str, dict[str, torch.Tensor]] = {}
+    halves: dict[str, dict[str, _Half]] = {}
     parameters: dict[str, torch.Tensor] = {}
     for key, tensor in _read_tensors(file):
         name = _WRAPPERS.sub("", key)
@@ -72,7 +75,7 @@ def read_adapter(directory: str | Path) -> LoraAdapter:
         name = name.removeprefix(_PREFIX)
         match = _LORA_KEY.fullmatch(name)
         if match:
-            halves.setdefault(match["target"], {})[match["side"]] = tensor
+            halves.setdefault(match["target"], {})[match["side"]] = _Half(key, tuple(tensor.shape))
         elif ".lora_" in name:
             raise AdapterError(
                 "the adapter holds a kind of tensor that lora-deploy does not support",
@@ -82,11 +85,42 @@ def read_adapter(directory: str | Path) -> LoraAdapter:
             )
         else:
             parameters[name.replace(".base_layer.", ".")] = tensor
-    updates = {target: _pair(file, target, sides, config) for target, sides in halves.items()}
-    if not updates:
+    for target, sides in halves.items():
+        _check_pair(file, target, sides, config.rank(target))
+    if not halves:
         raise AdapterError("the adapter updates nothing", file=file, expected="lora_A and lora_B tensors")
-    _check_parameters(file, config, updates, parameters)
-    return LoraAdapter(config, updates, parameters, str(directory))
+    _check_parameters(file, config, set(halves), parameters)
+    updates = _StoredUpdates(file, halves, config)
+    return LoraAdapter(config, updates if lazy else dict(updates), parameters, str(directory))
+
+
+class _Half(NamedTuple):
+    """A or B of a layer: its key in the file, and its shape."""
+
+    key: str
+    shape: tuple[int, ...]
+
+
+class _StoredUpdates(Mapping[str, LoraUpdate]):
+    """The updates of a file, each read when it is asked for."""
+
+    def __init__(self, file: Path, halves: dict[str, dict[str, _Half]], config: LoraConfig) -> None:
+        self._file, self._halves, self._config = file, halves, config
+
+    def __getitem__(self, target: str) -> LoraUpdate:
+        sides = self._halves[target]
+        with safe_open(self._file, framework="pt") as opened:
+            a, b = opened.get_tensor(sides["A"].key), opened.get_tensor(sides["B"].key)
+        return LoraUpdate(a, b, self._config.scaling(target))
+
+    def __contains__(self, target: object) -> bool:
+        return target in self._halves
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._halves)
+
+    def __len__(self) -> int:
+        return len(self._halves)
 
 
 def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -116,7 +150,7 @@ def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         ) from error
 
 
-def _pair(file: Path, target: str, sides: dict[str, torch.Tensor], config: LoraConfig) -> LoraUpdate:
+def _check_pair(file: Path, target: str, sides: dict[str, _Half], rank: int) -> None:
     if len(sides) < 2:
         raise AdapterError(
             "a layer of the adapter has only one half of its update",
@@ -125,22 +159,18 @@ def _pair(file: Path, target: str, sides: dict[str, torch.Tensor], config: LoraC
             found=f"lora_{next(iter(sides))}",
             expected="lora_A and lora_B",
         )
-    a, b = sides["A"], sides["B"]
-    rank = config.rank(target)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+    a, b = sides["A"].shape, sides["B"].shape
+    if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
         raise AdapterError(
             "an update does not have the rank that the configuration gives it",
             file=file,
             tensor=target,
-            found=f"A {tuple(a.shape)}, B {tuple(b.shape)}",
+            found=f"A {a}, B {b}",
             expected=f"A ({rank}, in), B (out, {rank})",
         )
-    return LoraUpdate(a, b, config.scaling(target))
 
 
-def _check_parameters(
-    file: Path, config: LoraConfig, updates: dict[str, LoraUpdate], parameters: dict[str, torch.Tensor]
-) -> None:
+def _check_parameters(file: Path, config: LoraConfig, targets: set[str], parameters: dict[str, torch.Tensor]) -> None:
     """Every tensor that is no A or B must be one that the configuration announces.
 
     PEFT also saves the base's own weight of an adapted output head (`lm_head.base_layer.weight`).
@@ -150,7 +180,7 @@ def _check_parameters(
         module, _, last = name.rpartition(".")
         path = module.split(".")
         is_saved = any(part in path or module == part or module.endswith(f".{part}") for part in saved)
-        is_base_weight = last == "weight" and module in updates
+        is_base_weight = last == "weight" and module in targets
         if not is_saved and not is_base_weight and not (last == "bias" and config.bias != "none"):
             raise AdapterError(
                 "the adapter holds a tensor that its configuration does not announce",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from lora_deploy.adapter import LoraAdapter
+from lora_deploy.adapter import LoraAdapter, LoraUpdate
 from lora_deploy.quantization.base import TrainingBase, hash_tensors
 
 __all__ = ["MergedParameters"]
@@ -42,12 +42,13 @@ class MergedParameters:
             turned if `transposed`.
         """
         trained = self.adapter.parameters.get(parameter) if self.adapter else None
-        if trained is not None:
-            return trained.t() if transposed else trained
         module = parameter.removesuffix(".weight")
-        if parameter.endswith(".weight") and module in self.base.linears:
+        if trained is None and parameter.endswith(".weight") and module in self.base.linears:
             return self._linear(module)
-        values = self.base.tensor(parameter)
+        values = trained if trained is not None else self.base.tensor(parameter)
+        update = self.adapter.updates.get(module) if self.adapter and parameter.endswith(".weight") else None
+        if update is not None:  # an adapted output head
+            return _add(values.to(torch.float32, copy=True), update)
         return values.t() if transposed else values
 
     def _linear(self, module: str) -> torch.Tensor:
@@ -57,5 +58,9 @@ class MergedParameters:
         update = self.adapter.updates.get(module) if self.adapter else None
         if update is None:
             return next(weight.stored()) if weight.scheme == "none" else weight.dequantize()
-        values = weight.dequantize()
-        return values.addmm_(update.B.float() * update.scaling, update.A.float())
+        return _add(weight.dequantize(), update)
+
+
+def _add(values: torch.Tensor, update: LoraUpdate) -> torch.Tensor:
+    """Add scaling * B @ A to a float32 weight (out, in), in place."""
+    return values.addmm_(update.B.float() * update.scaling, update.A.float())

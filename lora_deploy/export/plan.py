@@ -80,7 +80,7 @@ def plan_export(
     provider, precision = _check_options(provider, precision)
     output = Path(output)
     _check_output(output, overwrite)
-    lora = read_adapter(adapter) if adapter is not None else None
+    lora = read_adapter(adapter, lazy=True) if adapter is not None else None
     record = TrainingRecord.load(adapter) if adapter is not None else None
     base = TrainingBase(model, _scheme(quantization, double_quant, record))
     if not base.prequantized and quantization == "auto" and record is None and lora is not None:
@@ -91,7 +91,11 @@ def plan_export(
             remedy="add --quantization nf4 (QLoRA), fp4, int8, or none for a full-precision base",
         )
     if lora is not None:
-        lora.check_against(base.shapes, {name: layer.shape for name, layer in base.linears.items()})
+        linears = {name: layer.shape for name, layer in base.linears.items()}
+        if base.head is not None:
+            rows, columns = base.shapes[f"{base.head}.weight"]
+            linears[base.head] = (rows, columns)
+        lora.check_against(base.shapes, linears)
     if record is not None:
         _check_record(base, record, str(adapter))
     graph = _prepare_graph(base, lora, precision, provider)
@@ -163,7 +167,7 @@ def _check_record(base: TrainingBase, record: TrainingRecord, adapter: str) -> N
 
 def _prepare_graph(base: TrainingBase, adapter: LoraAdapter | None, precision: Precision, provider: Provider) -> Graph:
     """Build the graph and lower its linear layers. A tie that the adapter breaks is broken in the graph too."""
-    trained = set(adapter.parameters) if adapter else set()
+    trained = {*adapter.parameters, *(f"{name}.weight" for name in adapter.updates)} if adapter else set()
     broken = {alias for alias, name in base.aliases.items() if alias in trained or name in trained}
     shapes = {name: shape for name, shape in base.shapes.items() if name not in base.aliases or name in broken}
     config = base.config

@@ -75,5 +75,11 @@ def _cast(values: torch.Tensor, target: ir.Value, name: str, parameters: MergedP
 
 
 def _all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. A finite sum says so in one pass; else look at each."""
-    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
+    """Whether no value is NaN or infinite. A finite sum says so in one pass; else look at each.
+
+    In pieces, for torch turns all it sums into float32 first.
+    """
+    for piece in torch.split(values.reshape(-1), 1 << 20):
+        if not bool(torch.isfinite(piece.sum(dtype=torch.float32))) and not bool(torch.isfinite(piece).all()):
+            return False
+    return True

@@ -88,6 +88,7 @@ def write_data(
                     file.write(piece)
                     digest.update(piece)
                     on_bytes(piece.nbytes)
+                del values, raw, piece  # or they would be in memory still while the next tensor is made
             file.flush()
             os.fsync(file.fileno())
         sha256 = digest.hexdigest()

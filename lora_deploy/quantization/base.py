@@ -60,6 +60,7 @@ class TrainingBase:
         config: The configuration of the model, without any quantization.
         scheme: The scheme in force.
         linears: The linear layers but the output head, by name.
+        head: Name of the output head, if it is a linear layer. It is never quantized.
         shapes: The shape of every parameter and persistent buffer, as the plain transformers model has it.
         aliases: Names of tied parameters -> the name whose values they share.
 
@@ -76,6 +77,8 @@ class TrainingBase:
         self.config = self._read_config()
         skeleton = _skeleton(self.config)
         self.linears = {name: _describe(module) for name, module in linear_modules(skeleton).items()}
+        output_head = skeleton.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.head = next((name for name, module in skeleton.named_modules() if module is output_head), None)
         self.shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
         self.aliases = _aliases(skeleton)
         self._prefix = f"{skeleton.base_model_prefix}."

@@ -11,7 +11,7 @@ from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, In
 __all__ = ["expand_absmax", "quantize"]
 
 # Weights quantized in one go: bitsandbytes' CPU kernel needs about 20 bytes of scratch for each.
-_PIECE = 1 << 22
+_PIECE = 1 << 20
 
 
 def quantize(weight: torch.Tensor, scheme: QuantizationScheme) -> QuantizedWeight:

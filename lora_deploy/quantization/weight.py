@@ -39,6 +39,10 @@ _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4_CODE = tuple(m / 12 for m in _FP4_MAGNITUDES) + tuple(-m / 12 for m in _FP4_MAGNITUDES)
 
 
+# Bytes of codes looked up in one go: the indices take four times their memory.
+_PIECE = 1 << 20
+
+
 class QuantizedWeight(Protocol):
     """What export and verification need of a weight, however it is stored.
 
@@ -140,7 +144,11 @@ class Blockwise4BitWeight:
         rows, columns = self.shape
         count = rows * columns
         table = _pair_table(self.scheme, self.codes.device)
-        values = table[self.codes.to(torch.int32)].reshape(-1)
+        pairs = torch.empty(self.codes.numel(), 2, device=self.codes.device)
+        for start in range(0, self.codes.numel(), _PIECE):
+            codes = self.codes[start : start + _PIECE].to(torch.int32)
+            torch.index_select(table, 0, codes, out=pairs[start : start + _PIECE])
+        values = pairs.reshape(-1)
         whole = count - count % self.blocksize
         values[:whole].view(-1, self.blocksize).mul_(self.absmax[: whole // self.blocksize, None])
         if whole < count:

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.export_memory [--quantization nf4] [--precision fp16] [--layers 16 32]
 
-Writes random Llama checkpoints (hidden 2048, intermediate 8192, vocabulary 32000, 8 KV heads, bf16; 2.1 GB for 16 layers)
-and random adapters of rank 16 on all linear layers, exports each in a process of its own, without the parity check (which
-needs the reference model in memory), and reads the kernel's VmHWM: every resident page, mapped files included.
+Writes random Llama checkpoints (hidden 2048, intermediate 8192, vocabulary 32000, 8 KV heads, bf16; 2.1 GB for 16
+layers) and random adapters of rank 16 on all linear layers, exports each in a process of its own, without the parity
+check (which needs the reference model in memory), and reads the kernel's VmHWM: every resident page, mapped files
+included.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from lora_deploy.adapter import write_adapter
 from lora_deploy.export import ExportResult, export_onnx
 from tests.conftest import CheckpointFactory, random_adapter, tiny_model

@@ -131,3 +131,15 @@ def test_a_model_whose_weight_the_graph_drops_is_refused(tmp_path: Path) -> None
         export_onnx(base, output=tmp_path / "out")
     assert "mlp" in caught.value.details["tensor"]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapted_output_head_is_exported(
+    family: str, checkpoint_dir: CheckpointFactory, adapter_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """GPT-2's is tied: its embedding must stay the base's."""
+    target = "q_proj" if family == "llama" else "c_attn"
+    adapter = adapter_dir(family, target_modules=["lm_head", target])
+    result = export_onnx(checkpoint_dir(family), adapter, output=tmp_path / "out", quantization="fp4")
+    assert result.report is not None
+    assert result.report.passed

@@ -47,7 +47,9 @@ def main() -> None:
     0 done; 1 a bug of ours; 2 usage; 3 bad or mismatched input; 4 parity failed; 5 could not write; 130 interrupted.
     """
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == 130:  # typer's own answer to Ctrl-C, which says nothing
+            _fail("interrupted", code)
     except typer.Abort:
         code = _fail("interrupted", 130)
     except KeyboardInterrupt:

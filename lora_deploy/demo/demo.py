@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,7 +105,9 @@ def run_demo(
     _print_answers(console, prompts, before, trained, exported)
     sizes = {name: _size(path) for name, path in (("adapter", adapter), ("export", output))}
     console.print(f"PyTorch and onnxruntime gave the same tokens: {'yes' if same else 'NO'}")
-    console.print(f"held-out reminders answered exactly: {exact:.0%} of {len(held_out)} (the base: see above)")
+    base_right = sum(answer.text == row["completion"] for answer, row in zip(before, held_out, strict=False))
+    rate = f"{exact:.0%} of {len(held_out)} (base: {base_right} of {_SHOWN})"
+    console.print(f"held-out reminders answered exactly: {rate}")
     console.print(
         f"base {_size(base_directory):.0f} MB, adapter {sizes['adapter']:.1f} MB, export {sizes['export']:.0f} MB; "
         f"onnxruntime {speed:.0f} tokens/s, PyTorch {trained[0].speed:.0f}"
@@ -166,7 +169,8 @@ def _print_answers(
     for prompt, first, second, third in zip(prompts, before, trained, exported, strict=False):
         console.print(f"\n{prompt}", style="bold", markup=False)
         for label, answer in (("base", first), ("trained (PyTorch)", second), ("exported (ONNX)", third)):
-            console.print(f"  {label + ':':<19}{answer.text.strip()}", markup=False)
+            text = shorten(answer.text, 100, placeholder=" …")
+            console.print(f"  {label + ':':<19}{text}", markup=False, soft_wrap=True)
     console.print()
 
 

@@ -66,5 +66,5 @@ def _make_example(chance: random.Random) -> dict[str, str]:
     who, task, day = chance.choice(_PEOPLE.split()), chance.choice(_TASKS), chance.choice(_DAYS)
     hour, half = chance.randint(1, 12), chance.choice(("am", "pm"))
     prompt = chance.choice(_FORMS).format(who=who, task=task, day=day, hour=hour, half=half)
-    answer = {"who": who, "task": task, "day": day[:3].lower(), "time": f"{hour % 12 + 12 * (half == 'pm'):02}:00"}
+    answer = {"who": who, "task": task, "day": day[:3].lower(), "time": f"{hour} {half}"}
     return {"prompt": prompt, "completion": json.dumps(answer)}

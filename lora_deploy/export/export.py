@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
@@ -16,12 +16,13 @@ from onnx_ir import tensor_adapters
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from lora_deploy.adapter import TrainingRecord
+from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import OutputError, UsageError
-from lora_deploy.export.merge import MergedParameters
+from lora_deploy.export.merge import MergedParameters, hash_adapter
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.weights import stream_weights
 from lora_deploy.export.writer import commit, staging_directory, write_data, write_model
-from lora_deploy.quantization.base import combine_hashes, hash_tensors
+from lora_deploy.quantization.base import combine_hashes
 
 if TYPE_CHECKING:
     from lora_deploy.verify import ParityReport
@@ -164,9 +165,8 @@ def _provenance(plan: ExportPlan, data_sha256: str) -> dict[str, str]:
         "lora_deploy.versions": json.dumps({name: _version(name) for name in ("mobius-onnx", "onnx-ir", "torch")}),
     }
     if plan.adapter is not None:
-        updates = ((name, [update.A, update.B]) for name, update in sorted(plan.adapter.updates.items()))
         entries["lora_deploy.adapter"] = plan.adapter.source
-        entries["lora_deploy.adapter_sha256"] = hash_tensors(updates)
+        entries["lora_deploy.adapter_sha256"] = hash_adapter(plan.adapter)
         entries["lora_deploy.adapter_config"] = json.dumps(json.loads(plan.adapter.config.to_json()), sort_keys=True)
     return entries
 
@@ -185,7 +185,7 @@ def _write_side_files(plan: ExportPlan, staging: Path) -> None:
         config.pop(key, None)
     config["dtype"] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[plan.precision]
     try:
-        for name, values in (("config.json", config), ("genai_config.json", plan.graph.genai_config)):
+        for name, values in (("config.json", config), ("genai_config.json", _genai_config(plan))):
             (staging / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name in ("generation_config.json", *_TOKENIZER_FILES):
             source = plan.base.directory / name
@@ -193,6 +193,17 @@ def _write_side_files(plan: ExportPlan, staging: Path) -> None:
                 shutil.copyfile(source, staging / name)
     except OSError as error:
         raise OutputError("the export could not be written", file=staging, found=str(error)) from error
+
+
+def _genai_config(plan: ExportPlan) -> dict[str, Any]:
+    """The graph's, with the special tokens of generation_config.json, which knows every token that ends an answer."""
+    config = {**plan.graph.genai_config, "model": dict(plan.graph.genai_config["model"])}
+    file = plan.base.directory / "generation_config.json"
+    generation = read_json(file) if file.is_file() else {}
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if generation.get(key) is not None:
+            config["model"][key] = generation[key]
+    return config
 
 
 def _warnings(record: TrainingRecord | None, codes_sha256: str | None) -> tuple[str, ...]:

@@ -156,8 +156,8 @@ def _trace_sources(module: Any, shapes: dict[str, tuple[int, ...]], file: str | 
     return sources
 
 
-# Spread out, so that arithmetic on an index shows: the result is no index of anything.
-_STRIDE = 1009
+# Spread out and shifted, so that arithmetic on an index shows: a sum, a multiple or a zero is no index of anything.
+_STRIDE, _SHIFT = 1009, 7
 
 
 def _preprocess(
@@ -172,7 +172,7 @@ def _preprocess(
             index = (torch.arange(shape[0]) + 1).view(-1, *[1] * (len(shape) - 1))
         else:
             index = torch.arange(shape[-1]) + 1
-        state[name] = (index * _STRIDE).expand(shape)
+        state[name] = (index * _STRIDE + _SHIFT).expand(shape)
     if hasattr(module, "preprocess_weights"):
         state = module.preprocess_weights(state)
     return state
@@ -206,10 +206,10 @@ def _read_source(
         start += length
         whole = range(taken[0], taken[0] + length)
         segments.append(Segment(names[number], whole if list(whole) == taken else tuple(taken)))
-    joined = len(shape) == 2 and any(
-        shapes[segment.parameter][0 if transposed else 1] != shape[1] for segment in segments
-    )
-    return None if joined else WeightSource(tuple(segments), transposed)
+    origins = [shapes[segment.parameter] for segment in segments]
+    reshaped = any(len(origin) != len(shape) for origin in origins)
+    joined = len(shape) == 2 and any(origin[0 if transposed else 1] != shape[1] for origin in origins)
+    return None if reshaped or joined else WeightSource(tuple(segments), transposed)
 
 
 def _line(index: torch.Tensor, dim: int, shape: tuple[int, ...]) -> torch.Tensor | None:
@@ -217,7 +217,7 @@ def _line(index: torch.Tensor, dim: int, shape: tuple[int, ...]) -> torch.Tensor
     for other, stride in enumerate(index.stride()):
         if stride == 0:  # a broadcast dimension: one element stands for all
             index = index.narrow(other, 0, 1)
-    if index.is_floating_point() or bool((index % _STRIDE).any()):
+    if index.is_floating_point() or bool((index % _STRIDE != _SHIFT).any()):
         return None
     index = index // _STRIDE - 1
     if index.ndim == 0:

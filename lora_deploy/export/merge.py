@@ -6,12 +6,14 @@ original one: the adapter has learnt to live with the quantization error, and wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from lora_deploy.adapter import LoraAdapter, LoraUpdate
 from lora_deploy.quantization.base import TrainingBase, hash_tensors
 
-__all__ = ["MergedParameters"]
+__all__ = ["MergedParameters", "hash_adapter"]
 
 
 class MergedParameters:
@@ -59,6 +61,18 @@ class MergedParameters:
         if update is None:
             return next(weight.stored()) if weight.scheme == "none" else weight.dequantize()
         return _add(weight.dequantize(), update)
+
+
+def hash_adapter(adapter: LoraAdapter) -> str:
+    """SHA-256 over all that an adapter changes: its updates, their scaling, and what was trained whole."""
+
+    def named() -> Iterator[tuple[str, list[torch.Tensor]]]:
+        for name, update in sorted(adapter.updates.items()):
+            yield name, [update.A, update.B, torch.tensor(update.scaling, dtype=torch.float64)]
+        for name, values in sorted(adapter.parameters.items()):
+            yield name, [values]
+
+    return hash_tensors(named())
 
 
 def _add(values: torch.Tensor, update: LoraUpdate) -> torch.Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
-from lora_deploy.errors import AdapterError, OutputError, UsageError
+from lora_deploy.errors import AdapterError, CheckpointError, OutputError, UsageError
 from lora_deploy.export.graph import Graph, build_graph
 from lora_deploy.export.sites import find_sites, lower_dense, share_initializers
 from lora_deploy.export.writer import MODEL_NAME
@@ -79,10 +79,22 @@ def plan_export(
     """
     provider, precision = _check_options(provider, precision)
     output = Path(output)
-    _check_output(output, overwrite)
+    try:
+        _check_output(output, overwrite)
+    except OSError as error:
+        raise OutputError("the output cannot be used", file=output, found=error.strerror or str(error)) from error
     lora = read_adapter(adapter, lazy=True) if adapter is not None else None
     record = TrainingRecord.load(adapter) if adapter is not None else None
     base = TrainingBase(model, _scheme(quantization, double_quant, record))
+    if base.prequantized and quantization == "none":
+        raise CheckpointError(
+            "the checkpoint is quantized already, but it is said that the base was not",
+            file=base.directory / "config.json",
+            tensor="quantization_config",
+            found=base.scheme,
+            expected="none",
+            remedy="leave --quantization out, or give the full-precision checkpoint",
+        )
     if not base.prequantized and quantization == "auto" and record is None and lora is not None:
         raise UsageError(
             "it is not known which base the adapter was trained on: neither the checkpoint nor the adapter says",
@@ -136,21 +148,25 @@ def _check_output(output: Path, overwrite: bool) -> None:
 
 
 def _scheme(quantization: str, double_quant: bool, record: TrainingRecord | None) -> QuantizationScheme | None:
-    if quantization == "auto":
-        return record.quantization if record else None
-    if quantization not in ("none", "nf4", "fp4", "int8"):
+    if quantization not in ("auto", "none", "nf4", "fp4", "int8"):
         raise UsageError("there is no such quantization", found=quantization, expected="auto, none, nf4, fp4 or int8")
+    recorded = record.quantization if record else None
+    method = recorded.method if recorded else "none"
     asked = QuantizationScheme(
-        method=cast(Literal["none", "nf4", "fp4", "int8"], quantization), double_quant=double_quant
+        method=method if quantization == "auto" else cast(Literal["none", "nf4", "fp4", "int8"], quantization),
+        double_quant=double_quant,
     )
-    if record is not None and record.quantization.method != asked.method:
+    # Double quantization is the default, so only asking for none can contradict the record.
+    if recorded and (
+        recorded.method != asked.method or (asked.is_4bit and recorded.double_quant and not asked.double_quant)
+    ):
         raise AdapterError(
             "the adapter was trained on a base of another quantization than the one asked for",
             found=asked,
-            expected=record.quantization,
-            remedy="leave --quantization out",
+            expected=recorded,
+            remedy="leave --quantization and --no-double-quant out",
         )
-    return record.quantization if record else asked
+    return recorded or (None if quantization == "auto" else asked)
 
 
 def _check_record(base: TrainingBase, record: TrainingRecord, adapter: str) -> None:

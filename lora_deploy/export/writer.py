@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import onnx_ir as ir
@@ -37,15 +37,27 @@ def staging_directory(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: It cannot be made.
     """
+    missing = [parent for parent in output.parents if not os.path.lexists(parent)]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         directory = Path(tempfile.mkdtemp(prefix=f".{output.name}.staging-", dir=output.parent))
     except OSError as error:
+        _remove_empty(missing)
         raise _failed(output, error) from error
     try:
         yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+        _remove_empty(missing)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Remove directories, innermost first, until one of them holds something."""
+    for directory in directories:
+        try:
+            directory.rmdir()
+        except OSError:
+            return
 
 
 def write_data(
@@ -127,23 +139,48 @@ def write_model(model: ir.Model, directory: Path) -> None:
 def commit(staging: Path, output: Path) -> None:
     """Move the staged files to the output, `model.onnx` last, and remove weights that nothing refers to any more.
 
+    Whatever stops it before `model.onnx` is there, the files of an older export are put back.
+
     Raises:
         OutputError: It could not be done.
     """
+    files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != MODEL_NAME)
+    moved: list[tuple[Path, Path | None]] = []
+    missing = [path for path in (output, *output.parents) if not os.path.lexists(path)]
     try:
         output.mkdir(parents=True, exist_ok=True)
-        files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != MODEL_NAME)
-        for file in [*files, staging / MODEL_NAME]:
+        for number, file in enumerate(files):
             target = output / file.relative_to(staging)
             target.parent.mkdir(parents=True, exist_ok=True)
+            previous = None
+            if target.is_file():
+                previous = staging / f"previous-{number}"
+                if not target.match(DATA_PATTERN):  # its name is its content: the old one is the new one
+                    shutil.copy2(target, previous)
             file.replace(target)
+            moved.append((target, previous))
+        (staging / MODEL_NAME).replace(output / MODEL_NAME)
+    except BaseException as error:
+        _put_back(moved)
+        _remove_empty(missing)
+        if isinstance(error, OSError):
+            raise _failed(output, error) from error
+        raise
+    kept = {file.name for file in files}
+    with suppress(OSError):  # the export is there; old weights only take room
         _sync(output)
-        kept = {file.name for file in files}
         for stale in output.glob(DATA_PATTERN):
             if stale.name not in kept:
                 stale.unlink()
-    except OSError as error:
-        raise _failed(output, error) from error
+
+
+def _put_back(moved: list[tuple[Path, Path | None]]) -> None:
+    for target, previous in moved:
+        with suppress(OSError):
+            if previous is None:
+                target.unlink()
+            elif previous.is_file():
+                previous.replace(target)
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import CheckpointError, UsageError
 from lora_deploy.run.session import OnnxSession
 
@@ -27,6 +27,7 @@ class OnnxModel:
     Attributes:
         tokenizer: The tokenizer of the base.
         eos_token_ids: The tokens that end an answer.
+        context_length: How many tokens the model takes, prompt and answer; None where its configuration does not say.
         tokens_per_second: Decoding speed of the last generation, without the prompt; None before the first.
 
     Raises:
@@ -49,6 +50,7 @@ class OnnxModel:
                 remedy="export again from a base that has its tokenizer files",
             ) from error
         self.eos_token_ids = self._find_eos_token_ids()
+        self.context_length = self._find_context_length()
         self.tokens_per_second: float | None = None
 
     def _find_eos_token_ids(self) -> set[int]:
@@ -56,10 +58,15 @@ class OnnxModel:
             file = self.directory / name
             if not file.is_file():
                 continue
-            found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            found = read_json(file).get("eos_token_id")
             if found is not None:
                 return set(found) if isinstance(found, list) else {found}
         return {self.tokenizer.eos_token_id} - {None}
+
+    def _find_context_length(self) -> int | None:
+        file = self.directory / "config.json"
+        config = read_json(file) if file.is_file() else {}
+        return config.get("max_position_embeddings") or config.get("n_positions")
 
     def encode(self, prompt: str, *, chat_template: bool = True, system: str | None = None) -> list[int]:
         """Turn a prompt into tokens.
@@ -86,7 +93,7 @@ class OnnxModel:
         top_p: float = 1.0,
         seed: int | None = None,
     ) -> Iterator[int]:
-        """Generate token by token, up to and including the end token.
+        """Generate token by token, up to and including the end token, or to the end of the model's context.
 
         Args:
             input_ids: Tokens of the prompt.
@@ -97,14 +104,28 @@ class OnnxModel:
             seed: Makes drawing repeatable.
 
         Raises:
-            UsageError: A setting is out of range, or the prompt is empty.
+            UsageError: A setting is out of range, or the prompt is empty or longer than the context.
         """
-        if not input_ids or temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        sound = (
+            temperature >= 0 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens >= 1 and (seed is None or seed >= 0)
+        )
+        if not input_ids or not sound:
             raise UsageError(
                 "this cannot be generated from",
-                found=f"{len(input_ids)} prompt tokens, temperature {temperature}, top_k {top_k}, top_p {top_p}",
-                expected="a prompt, temperature >= 0, top_k >= 0, 0 < top_p <= 1",
+                found=f"{len(input_ids)} prompt tokens, temperature {temperature}, top_k {top_k}, top_p {top_p}, "
+                f"max_new_tokens {max_new_tokens}, seed {seed}",
+                expected="a prompt, temperature >= 0, top_k >= 0, 0 < top_p <= 1, max_new_tokens >= 1, seed >= 0",
             )
+        if self.context_length is not None:
+            if len(input_ids) > self.context_length:
+                raise UsageError(
+                    "the prompt is longer than the model's context",
+                    found=f"{len(input_ids)} tokens",
+                    expected=f"at most {self.context_length}",
+                    remedy="shorten the prompt",
+                )
+            max_new_tokens = min(max_new_tokens, self.context_length - len(input_ids) + 1)
+        self.tokens_per_second = None
         random = np.random.default_rng(seed)
         new = np.array([input_ids], np.int64)
         mask = np.ones_like(new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
 
@@ -147,34 +147,32 @@ class ParityReport(BaseModel):
 
     def table(self) -> Table:
         """The cases as a table for the screen."""
+        from rich import box
         from rich.table import Table
 
         limit = self.tolerance
-        table = Table(title=f"Parity with the trained model ({self.precision}, {self.provider})", title_justify="left")
-        for heading in ("case", "tokens", "max abs", "KL", "top-1", "base alone: KL", "top-1", ""):
-            table.add_column(heading, justify="left" if heading in ("case", "") else "right")
+        title = f"Parity with the trained model ({self.precision}, {self.provider})"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
+        max_abs, control = limit.get("max_abs"), "must fail" if self.control_failed is not None else ""
+        for heading, footer in (
+            ("case", "tolerance"),
+            ("max abs", "" if max_abs is None else f"{max_abs:.0e}"),
+            ("KL", f"{limit['kl']:.0e}"),
+            ("top-1", f"{limit['top1']:.1%}"),
+            ("base: KL", control),
+            ("top-1", ""),
+            ("", "ok" if self.passed else "FAIL"),
+        ):
+            justify: Literal["left", "right"] = "left" if heading in ("case", "") else "right"
+            table.add_column(heading, footer, justify=justify, no_wrap=True)
         for case in self.cases:
-            control = case.control
             table.add_row(
                 case.name,
-                str(case.export.tokens),
                 f"{case.export.max_abs:.1e}",
                 f"{case.export.mean_kl:.1e}",
                 f"{case.export.top1:.1%}",
-                "" if control is None else f"{control.mean_kl:.1e}",
-                "" if control is None else f"{control.top1:.1%}",
+                "" if case.control is None else f"{case.control.mean_kl:.1e}",
+                "" if case.control is None else f"{case.control.top1:.1%}",
                 "ok" if case.passed else "FAIL",
             )
-        table.add_section()
-        max_abs = limit.get("max_abs")
-        table.add_row(
-            "tolerance",
-            "",
-            "" if max_abs is None else f"{max_abs:.0e}",
-            f"{limit['kl']:.0e}",
-            f"{limit['top1']:.1%}",
-            "must fail" if self.control_failed is not None else "",
-            "",
-            "passed" if self.passed else "FAILED",
-        )
         return table

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
 
 from lora_deploy.adapter import read_adapter
-from lora_deploy.errors import CheckpointError, InputError
+from lora_deploy.errors import CheckpointError, InputError, UsageError
+from lora_deploy.export.merge import hash_adapter
 from lora_deploy.quantization import QuantizationScheme
-from lora_deploy.quantization.base import TrainingBase, hash_tensors
+from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.verify.parity import check_parity
 from lora_deploy.verify.report import ParityReport
 
@@ -36,18 +38,23 @@ def verify(
         on_progress: Is told the task, how much is done and of how much.
 
     Raises:
+        UsageError: There is no such provider.
         InputError: The export is damaged, or the base or the adapter is not the one it was made from.
     """
     directory = Path(directory)
+    if provider not in (None, "cpu", "cuda"):
+        raise UsageError("there is no such provider", found=provider, expected="cpu or cuda")
     entries = _read_provenance(directory)
     base_model = model if model is not None else entries["lora_deploy.base_model"]
-    base = TrainingBase(base_model, QuantizationScheme.model_validate_json(entries["lora_deploy.quantization"]))
+    scheme = QuantizationScheme.model_validate_json(entries["lora_deploy.quantization"])
+    with _naming("--model"):
+        base = TrainingBase(base_model, scheme)
     _expect(base.sha256(), entries["lora_deploy.base_sha256"], "base", base.directory, "--model")
     lora = None
     if "lora_deploy.adapter" in entries:
-        lora = read_adapter(adapter if adapter is not None else entries["lora_deploy.adapter"])
-        updates = ((name, [update.A, update.B]) for name, update in sorted(lora.updates.items()))
-        _expect(hash_tensors(updates), entries["lora_deploy.adapter_sha256"], "adapter", lora.source, "--adapter")
+        with _naming("--adapter"):
+            lora = read_adapter(adapter if adapter is not None else entries["lora_deploy.adapter"])
+        _expect(hash_adapter(lora), entries["lora_deploy.adapter_sha256"], "adapter", lora.source, "--adapter")
     report = check_parity(
         directory,
         base,
@@ -58,6 +65,16 @@ def verify(
     )
     report.save(directory)
     return report
+
+
+@contextmanager
+def _naming(option: str) -> Iterator[None]:
+    """What cannot be read may have moved: its message says how to name the new place."""
+    try:
+        yield
+    except InputError as error:
+        error.details.setdefault("remedy", f"if it has moved, name the new place with {option}")
+        raise
 
 
 def _expect(found: str, expected: str, what: str, file: str | Path, option: str) -> None:

@@ -1,0 +1,130 @@
+"""SmolLM2-135M-Instruct: a few steps of training on NF4, then the export against the trained model, token for token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_deploy import cli
+from lora_deploy.adapter import apply_adapter, read_adapter
+from lora_deploy.demo.model import fetch_smollm2
+from lora_deploy.demo.task import write_task
+from lora_deploy.quantization import QuantizationScheme
+from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.run import OnnxModel
+from lora_deploy.verify.reference import load_twin
+
+pytestmark = pytest.mark.real
+
+_NEW_TOKENS = 40
+
+
+def _command(*arguments: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["lora-deploy", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 0
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[str]]:
+    """The base, a trained adapter, and prompts that it was not trained on."""
+    directory = tmp_path_factory.mktemp("real")
+    base = fetch_smollm2(directory / "base")
+    data, held_out = write_task(directory / "data")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    options = ("--quantization", "nf4", "--rank", 8, "--alpha", 20, "--max-steps", 12, "--batch-size", 8)
+    rest = ("--learning-rate", 2e-3, "--output", directory / "adapter", "--quiet")
+    _command("train", "--model", base, "--data", data, *options, *rest)
+    torch.set_num_threads(threads)
+    return base, directory / "adapter", [row["prompt"] for row in held_out[:3]]
+
+
+@pytest.fixture(scope="module")
+def exports(trained: tuple[Path, Path, list[str]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The merged export in each precision that a CPU runs."""
+    base, adapter, _ = trained
+    outputs = {}
+    for precision in ("fp32", "fp16"):
+        outputs[precision] = tmp_path_factory.mktemp("exports") / precision
+        options = ("--precision", precision, "--output", outputs[precision], "--quiet")
+        _command("export", "--merge", "--model", base, "--adapter", adapter, *options)
+    return outputs
+
+
+def test_training_lowers_the_loss_and_records_its_base(trained: tuple[Path, Path, list[str]]) -> None:
+    base, adapter, _ = trained
+    log = [json.loads(line) for line in (adapter / "training_log.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0] / 3
+    record = json.loads((adapter / "lora_deploy.json").read_text())
+    assert record["quantization"]["method"] == "nf4"
+    assert record["quantization"]["double_quant"] is True
+    assert record["base_sha256"] == TrainingBase(base).sha256()
+
+
+def test_fp32_is_exact_to_a_thousandth_of_a_logit_and_the_base_alone_is_far_off(exports: dict[str, Path]) -> None:
+    report = json.loads((exports["fp32"] / "parity.json").read_text())
+    assert len(report["cases"]) == 6
+    for case in report["cases"]:
+        assert case["export"]["max_abs"] <= 1e-3
+        assert case["export"]["mean_kl"] <= 1e-6
+        assert case["export"]["top1"] == 1.0
+        assert case["control"]["mean_kl"] > 1e-2
+        assert case["control"]["max_abs"] > 1.0
+
+
+def test_fp16_keeps_the_distribution_and_the_base_alone_does_not(exports: dict[str, Path]) -> None:
+    report = json.loads((exports["fp16"] / "parity.json").read_text())
+    for case in report["cases"]:
+        assert case["export"]["mean_kl"] <= 1e-4
+        assert case["export"]["top1"] >= 0.995
+        assert case["control"]["mean_kl"] > 1e-2
+
+
+def _twin_tokens(model: Any, ids: list[int]) -> list[int]:
+    with torch.inference_mode():
+        generated = model.generate(torch.tensor([ids]), max_new_tokens=_NEW_TOKENS, do_sample=False)
+    return generated[0, len(ids) :].tolist()  # type: ignore[no-any-return]
+
+
+def _genai_tokens(directory: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """What onnxruntime-genai generates from the same directory, up to and including the end token."""
+    genai = pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    model = genai.Model(str(directory))
+    answers = []
+    for ids in prompts:
+        parameters = genai.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(ids) + _NEW_TOKENS, do_sample=False)
+        generator = genai.Generator(model, parameters)
+        generator.append_tokens(ids)
+        answer = []
+        while not generator.is_done():
+            generator.generate_next_token()
+            answer.append(int(generator.get_next_tokens()[0]))
+        answers.append(answer)
+    return answers
+
+
+def test_pytorch_onnxruntime_and_genai_give_the_same_tokens(
+    trained: tuple[Path, Path, list[str]], exports: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter, prompts = trained
+    model = OnnxModel(exports["fp32"])
+    encoded = [model.encode(prompt) for prompt in prompts]
+    ours = [list(model.generate_tokens(ids, max_new_tokens=_NEW_TOKENS)) for ids in encoded]
+    twin: Any = load_twin(TrainingBase(base, QuantizationScheme(method="nf4")))
+    untrained = [_twin_tokens(twin, ids) for ids in encoded]
+    apply_adapter(twin, read_adapter(adapter)).eval()
+    assert ours == [_twin_tokens(twin, ids) for ids in encoded]
+    assert ours == _genai_tokens(exports["fp32"], encoded)
+    assert all(answer != before for answer, before in zip(ours, untrained, strict=True))
+    capsys.readouterr()
+    _command("run", exports["fp32"], "--prompt", prompts[0], "--max-new-tokens", _NEW_TOKENS)
+    assert capsys.readouterr().out == model.tokenizer.decode(ours[0], skip_special_tokens=True) + "\n"

@@ -1,0 +1,8 @@
+"""Exports of tiny models and the command that checks them."""
+
+from __future__ import annotations
+
+from tests.commands import command
+from tests.export.conftest import adapter_dir, tiny_export
+
+__all__ = ["adapter_dir", "command", "tiny_export"]

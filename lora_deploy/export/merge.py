@@ -67,7 +67,8 @@ def hash_adapter(adapter: LoraAdapter) -> str:
     """SHA-256 over all that an adapter changes: its updates, their scaling, and what was trained whole."""
 
     def named() -> Iterator[tuple[str, list[torch.Tensor]]]:
-        for name, update in sorted(adapter.updates.items()):
+        for name in sorted(adapter.updates):  # by name: a lazy adapter reads each update when it is asked for
+            update = adapter.updates[name]
             yield name, [update.A, update.B, torch.tensor(update.scaling, dtype=torch.float64)]
         for name, values in sorted(adapter.parameters.items()):
             yield name, [values]

@@ -30,9 +30,13 @@ def resolve_model(model: str | Path) -> Path:
         CheckpointError: There is neither.
     """
     path = Path(model)
-    if path.is_dir():
+    try:
+        is_directory, exists = path.is_dir(), path.exists()
+    except OSError:  # a name that is too long for the file system
+        is_directory, exists = False, True
+    if is_directory:
         return path
-    if path.exists() or path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
+    if exists or path.is_absolute() or str(model).startswith(".") or str(model).count("/") > 1:
         raise CheckpointError(
             "the model is not a directory", file=path, expected="a directory with config.json and model.safetensors"
         )
@@ -56,7 +60,7 @@ def read_json(file: Path, error: type[CheckpointError] = CheckpointError) -> dic
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise error("a file of the model is missing", file=file) from None
+        raise error("a file of the model is missing", file=file, remedy="copy or download the model again") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as cause:
         raise error("a file of the model cannot be read", file=file, found=str(cause)) from cause
     if not isinstance(values, dict):

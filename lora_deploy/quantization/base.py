@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -21,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 
 from lora_deploy.checkpoint import Checkpoint, resolve_model
-from lora_deploy.errors import CheckpointError
+from lora_deploy.errors import CheckpointError, InputError
 from lora_deploy.quantization.model import linear_modules, quantized_weight
 from lora_deploy.quantization.quantize import expand_absmax, quantize
 from lora_deploy.quantization.scheme import QuantizationScheme
@@ -75,7 +76,8 @@ class TrainingBase:
         self.prequantized = stored is not None
         self.scheme = self._agree(stored, scheme)
         self.config = self._read_config()
-        skeleton = _skeleton(self.config)
+        with self._as_bad_configuration():
+            skeleton = _skeleton(self.config)
         self.linears = {name: _describe(module) for name, module in linear_modules(skeleton).items()}
         output_head = skeleton.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.head = next((name for name, module in skeleton.named_modules() if module is output_head), None)
@@ -99,17 +101,24 @@ class TrainingBase:
         return stored
 
     def _read_config(self) -> PreTrainedConfig:
-        try:
+        with self._as_bad_configuration():
             config = AutoConfig.from_pretrained(self.directory)
-        except (ValueError, OSError, KeyError) as error:
-            raise CheckpointError(
-                "transformers cannot read the model's configuration",
-                file=self.directory / "config.json",
-                found=str(error).splitlines()[0],
-            ) from error
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return cast(PreTrainedConfig, config)
+
+    @contextmanager
+    def _as_bad_configuration(self) -> Iterator[None]:
+        """Whatever transformers makes of a configuration that is wrong: its own exceptions have no common base."""
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(
+                "transformers cannot make a causal language model of the configuration",
+                file=self.directory / "config.json",
+                found=f"{type(error).__name__}: {error}".splitlines()[0][:300],
+                remedy="give the directory of a causal language model that transformers loads",
+            ) from error
 
     def _check(self) -> None:
         missing = []
@@ -193,7 +202,12 @@ class TrainingBase:
             values = values.t().contiguous()
         if self.prequantized or not self.scheme.applies_to(module):
             return DenseWeight(values)
-        return quantize(values, self.scheme)
+        try:
+            return quantize(values, self.scheme)
+        except InputError as error:
+            key = self._require_key(name)
+            error.details = {"file": str(self.checkpoint.file(key)), "tensor": key, **error.details}
+            raise
 
     def _stored_weight(self, prefix: str, shape: tuple[int, int]) -> QuantizedWeight:
         """The codes that bitsandbytes left under `prefix` ("model.layers.0.self_attn.q_proj.")."""

@@ -7,6 +7,7 @@ import torch
 from bitsandbytes import functional as bnb
 from numpy.typing import NDArray
 
+from lora_deploy.errors import InputError
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.weight import (
     FP4_CODE,
@@ -35,6 +36,9 @@ def quantize(weight: torch.Tensor, scheme: QuantizationScheme) -> QuantizedWeigh
 
     Returns:
         The quantized weight, on the same device.
+
+    Raises:
+        InputError: A weight overflows the type that the scheme goes through.
     """
     if scheme.weight_dtype is not None:
         weight = weight.to(getattr(torch, scheme.weight_dtype))
@@ -43,7 +47,14 @@ def quantize(weight: torch.Tensor, scheme: QuantizationScheme) -> QuantizedWeigh
     rows, columns = weight.shape
     if scheme.method == "int8":
         # bitsandbytes casts to float16 before it quantizes, whatever the checkpoint's type.
-        codes, row_absmax, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16).contiguous())
+        half = weight.to(torch.float16).contiguous()
+        if bool(torch.isfinite(weight).all()) and not bool(torch.isfinite(half).all()):
+            raise InputError(
+                "a weight is too large for LLM.int8, which casts to float16 first",
+                found=f"{float(weight.abs().max()):g}",
+                expected=f"at most {torch.finfo(torch.float16).max:g}",
+            )
+        codes, row_absmax, _ = bnb.int8_vectorwise_quant(half)
         return Int8Weight(codes, row_absmax)
     codes, absmax = _quantize_4bit(weight.contiguous().reshape(-1), scheme)
     if scheme.double_quant:

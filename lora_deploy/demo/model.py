@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -71,12 +73,13 @@ def _convert(gguf_file: Path, directory: Path) -> None:
     from transformers.utils.quantization_config import GgufConfig
 
     options = {"gguf_file": gguf_file.name}
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf_file.parent,
-        dtype=torch.bfloat16,
-        quantization_config=GgufConfig(gguf_file=gguf_file.name, dequantize=True),
-        **options,
-    )
-    model.config.rms_norm_eps = 1e-5  # the file has it as a float32
-    model.save_pretrained(directory)
-    AutoTokenizer.from_pretrained(gguf_file.parent, **options).save_pretrained(directory)
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers draws bars of its own
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf_file.parent,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(gguf_file=gguf_file.name, dequantize=True),
+            **options,
+        )
+        model.config.rms_norm_eps = 1e-5  # the file has it as a float32
+        model.save_pretrained(directory)
+        AutoTokenizer.from_pretrained(gguf_file.parent, **options).save_pretrained(directory)

@@ -179,7 +179,8 @@ def _check_parameters(file: Path, config: LoraConfig, targets: set[str], paramet
     for name in parameters:
         module, _, last = name.rpartition(".")
         path = module.split(".")
-        is_saved = any(part in path or module == part or module.endswith(f".{part}") for part in saved)
+        ancestors = [".".join(path[:depth]) for depth in range(1, len(path) + 1)]
+        is_saved = any(ancestor.endswith(part) for ancestor in ancestors for part in saved)
         is_base_weight = last == "weight" and module in targets
         if not is_saved and not is_base_weight and not (last == "bias" and config.bias != "none"):
             raise AdapterError(

@@ -21,25 +21,13 @@ from lora_deploy.errors import OutputError, UsageError
 from lora_deploy.export.merge import MergedParameters, hash_adapter
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.weights import stream_weights
-from lora_deploy.export.writer import commit, staging_directory, write_data, write_model
-from lora_deploy.quantization.base import combine_hashes
+from lora_deploy.export.writer import TOKENIZER_FILES, commit, staging_directory, write_data, write_model
+from lora_deploy.quantization.hashes import combine_hashes
 
 if TYPE_CHECKING:
     from lora_deploy.verify import ParityReport
 
 __all__ = ["ExportResult", "export_onnx"]
-
-# What a tokenizer or its chat template may be made of; onnxruntime-genai and optimum read the same files.
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 # Told during the work: what is being done, how much of it is done, and of how much.
 OnProgress = Callable[[str, int, int], None]
@@ -187,7 +175,7 @@ def _write_side_files(plan: ExportPlan, staging: Path) -> None:
     try:
         for name, values in (("config.json", config), ("genai_config.json", _genai_config(plan))):
             (staging / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for name in ("generation_config.json", *_TOKENIZER_FILES):
+        for name in ("generation_config.json", *TOKENIZER_FILES):
             source = plan.base.directory / name
             if source.is_file():
                 shutil.copyfile(source, staging / name)

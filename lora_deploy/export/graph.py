@@ -100,7 +100,8 @@ def build_graph(
             found=model_type,
             expected="a model type that mobius-onnx knows",
         )
-    with tempfile.TemporaryDirectory() as directory, _quiet("mobius"):
+    _refuse_window(config, file)
+    with tempfile.TemporaryDirectory() as directory, _quiet("mobius"), _as_unsupported(model_type, file):
         config.save_pretrained(directory)
         module_class = registry.get(model_type)
         package = mobius.build(
@@ -113,14 +114,47 @@ def build_graph(
     model: ir.Model = package["model"]
     model.graph.name = model_type  # mobius puts the temporary directory here
     waiting = {name for name, value in model.graph.initializers.items() if value.const_value is None}
-    module = module_class(package.config)
-    sources = _trace_sources(module, shapes, file)
+    with _as_unsupported(model_type, file):
+        sources = _trace_sources(module_class(package.config), shapes, file)
     _check_sources(model, waiting, sources, shapes, file)
     return Graph(
         model=model,
         sources={name: sources[name] for name in model.graph.initializers if name in waiting},
         genai_config=_genai_config(package.config, config, provider),
     )
+
+
+def _refuse_window(config: PreTrainedConfig, file: str | Path) -> None:
+    """mobius' default graph attends to the whole past, also where the model looks back over a window only."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    if window and slides and window < config.max_position_embeddings:
+        raise CheckpointError(
+            "this model's attention looks back over a window only, which the graph would leave out",
+            file=file,
+            tensor="sliding_window",
+            found=window,
+            expected=f"no window, or one of at least max_position_embeddings ({config.max_position_embeddings})",
+            remedy="this model cannot be exported yet; if you need no more than the window, set "
+            "max_position_embeddings to it in a copy of the model's config.json",
+        )
+
+
+@contextmanager
+def _as_unsupported(model_type: str, file: str | Path) -> Iterator[None]:
+    """Whatever mobius raises: its exceptions have no common base."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            "no graph can be built for this model",
+            file=file,
+            tensor=f"model_type {model_type}",
+            found=f"{type(error).__name__}: {error}".splitlines()[0][:300],
+        ) from error
 
 
 @contextmanager

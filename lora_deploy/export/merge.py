@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import torch
 
 from lora_deploy.adapter import LoraAdapter, LoraUpdate
-from lora_deploy.quantization.base import TrainingBase, hash_tensors
+from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.quantization.hashes import hash_tensors
 
 __all__ = ["MergedParameters", "hash_adapter"]
 

@@ -80,7 +80,9 @@ def plan_export(
     provider, precision = _check_options(provider, precision)
     output = Path(output)
     try:
-        _check_output(output, overwrite)
+        if output.is_symlink():
+            output = output.resolve()
+        _check_output(output, overwrite, [Path(model), *([] if adapter is None else [Path(adapter)])])
     except OSError as error:
         raise OutputError("the output cannot be used", file=output, found=error.strerror or str(error)) from error
     lora = read_adapter(adapter, lazy=True) if adapter is not None else None
@@ -133,17 +135,22 @@ def _check_options(provider: str, precision: str | None) -> tuple[Provider, Prec
     return cast(Provider, provider), cast(Precision, precision)
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
+def _check_output(output: Path, overwrite: bool, inputs: list[Path]) -> None:
+    if any(path.is_dir() and path.resolve() == output.resolve() for path in inputs):
+        raise OutputError(
+            "the output is the directory of the model or the adapter", file=output, remedy="choose another --output"
+        )
     if output.exists() and not output.is_dir():
         raise OutputError("the output is a file", file=output, expected="a directory that is new or empty")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        there = "an export" if (output / MODEL_NAME).exists() else "other files"
+    is_export = (output / MODEL_NAME).exists()
+    if output.is_dir() and any(output.iterdir()) and not (overwrite and is_export):
+        there = "an export" if is_export else "other files"
         raise OutputError(
             "the output exists",
             file=output,
             found=there,
             expected="a directory that is new or empty",
-            remedy="choose another --output, or add --overwrite",
+            remedy="choose another --output" + (", or add --overwrite" if is_export else ""),
         )
 
 

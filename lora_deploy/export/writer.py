@@ -19,9 +19,31 @@ import torch
 
 from lora_deploy.errors import OutputError
 
-__all__ = ["DATA_PATTERN", "MODEL_NAME", "commit", "staging_directory", "write_data", "write_model"]
+__all__ = [
+    "DATA_PATTERN",
+    "MODEL_NAME",
+    "SIDE_FILES",
+    "TOKENIZER_FILES",
+    "commit",
+    "staging_directory",
+    "write_data",
+    "write_model",
+]
 
 MODEL_NAME = "model.onnx"
+# What a tokenizer or its chat template may be made of; onnxruntime-genai and optimum read the same files.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# What an export may hold beside the model; of an older export it goes where the new one does not have it.
+SIDE_FILES = ("config.json", "generation_config.json", "genai_config.json", "parity.json", *TOKENIZER_FILES)
 DATA_PATTERN = "model-*.onnx.data"
 
 # Page alignment lets onnxruntime map a tensor; smaller ones stay inside model.onnx, where shapes must be.
@@ -167,10 +189,10 @@ def commit(staging: Path, output: Path) -> None:
             raise _failed(output, error) from error
         raise
     kept = {file.name for file in files}
-    with suppress(OSError):  # the export is there; old weights only take room
+    with suppress(OSError):  # the export is there; what is left of an older one is not read with it
         _sync(output)
-        for stale in output.glob(DATA_PATTERN):
-            if stale.name not in kept:
+        for stale in [*output.glob(DATA_PATTERN), *(output / name for name in SIDE_FILES)]:
+            if stale.name not in kept and stale.is_file():
                 stale.unlink()
 
 

@@ -206,7 +206,9 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     for wanted in config.modules_to_save or []:
-        matches = {name: module for name, module in model.named_modules() if name and _matches(name, [wanted])}
+        # PEFT's rule, which "norm" makes "input_layernorm" too; a part of a module that is saved is saved with it.
+        matches = {name: module for name, module in model.named_modules() if name.endswith(wanted)}
+        matches = {name: module for name, module in matches.items() if any(True for _ in module.parameters())}
         if not matches:
             near = difflib.get_close_matches(wanted, _endings(dict(model.named_modules())), n=3, cutoff=0.4)
             raise ConfigError(
@@ -215,7 +217,7 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
                 expected=f"perhaps {', '.join(near)}" if near else None,
             )
         found |= matches
-    return found
+    return {name: module for name, module in found.items() if not any(name.startswith(f"{other}.") for other in found)}
 
 
 def _train_saved_modules(model: nn.Module, config: LoraConfig) -> None:

@@ -7,7 +7,6 @@ bitsandbytes' codes in the place of a weight; none of that is visible from outsi
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -23,12 +21,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_deploy.checkpoint import Checkpoint, resolve_model
 from lora_deploy.errors import CheckpointError, InputError
-from lora_deploy.quantization.model import linear_modules, quantized_weight
+from lora_deploy.quantization.hashes import hash_tensors
+from lora_deploy.quantization.model import linear_modules
 from lora_deploy.quantization.quantize import expand_absmax, quantize
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, Int8Weight, QuantizedWeight
 
-__all__ = ["LinearLayer", "TrainingBase", "combine_hashes", "hash_codes", "hash_tensors"]
+__all__ = ["LinearLayer", "TrainingBase"]
 
 _4BIT_STATE = "weight.quant_state.bitsandbytes__"
 
@@ -61,7 +60,10 @@ class TrainingBase:
         config: The configuration of the model, without any quantization.
         scheme: The scheme in force.
         linears: The linear layers but the output head, by name.
-        head: Name of the output head, if it is a linear layer. It is never quantized.
+        head: Name of the output head, if it is a linear layer. It is among `linears` only where the checkpoint holds it
+            quantized.
+        dtype: Type that transformers loads the parameters in: the configuration's, or else that of the file. Whatever
+            is not quantized is cast to it, as it was in training.
         shapes: The shape of every parameter and persistent buffer, as the plain transformers model has it.
         aliases: Names of tied parameters -> the name whose values they share.
 
@@ -82,9 +84,30 @@ class TrainingBase:
         output_head = skeleton.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.head = next((name for name, module in skeleton.named_modules() if module is output_head), None)
         self.shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
-        self.aliases = _aliases(skeleton)
         self._prefix = f"{skeleton.base_model_prefix}."
+        self.aliases = self._real_ties(_aliases(skeleton))
+        if self.head is not None and self._is_quantized(f"{self.head}.weight"):
+            self.linears[self.head] = _describe(skeleton.get_submodule(self.head))
+        self.dtype = self._loading_dtype()
         self._check()
+
+    def _real_ties(self, aliases: dict[str, str]) -> dict[str, str]:
+        """The ties that hold: transformers keeps parameters apart where the checkpoint has other values for each."""
+        ties = {}
+        for alias, name in aliases.items():
+            own, shared = self._key(alias), self._key(name)
+            apart = own is not None and shared is not None and own != shared
+            if apart and not torch.equal(self.checkpoint.read(str(own)), self.checkpoint.read(str(shared))):
+                self.config.tie_word_embeddings = False
+            else:
+                ties[alias] = name
+        return ties
+
+    def _loading_dtype(self) -> torch.dtype | None:
+        dtype = getattr(self.config, "dtype", None)
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype, None)
+        return dtype if isinstance(dtype, torch.dtype) else None
 
     def _agree(self, stored: QuantizationScheme | None, asked: QuantizationScheme | None) -> QuantizationScheme:
         if stored is None:
@@ -141,7 +164,7 @@ class TrainingBase:
                 f"the checkpoint lacks {len(missing)} of the model's {len(self.shapes)} weights",
                 file=self.directory,
                 tensor=missing[0],
-                remedy="copy or download the whole model again",
+                remedy="copy or download the whole model again, or save it again with this version of transformers",
             )
 
     def _key(self, name: str) -> str | None:
@@ -170,12 +193,27 @@ class TrainingBase:
         return next((key for key in keys if key in self.checkpoint), None)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A parameter or buffer that is not quantized, as the checkpoint stores it.
+        """A parameter or buffer that is not quantized, in the type that transformers loads it in.
 
         Args:
             name: Its name in the transformers model.
+
+        Raises:
+            CheckpointError: It is missing, or quantized.
         """
-        return self.checkpoint.read(self._require_key(self.aliases.get(name, name)))
+        key = self._require_key(self.aliases.get(name, name))
+        values = self.checkpoint.read(key)
+        if values.is_floating_point():
+            return values if self.dtype is None else values.to(self.dtype)
+        if self._is_quantized(name):
+            raise CheckpointError(
+                "a weight that is no linear layer is quantized",
+                file=self.checkpoint.file(key),
+                tensor=key,
+                found=values.dtype,
+                expected="a floating-point weight",
+            )
+        return values
 
     def weight(self, module: str) -> QuantizedWeight:
         """The weight of a linear layer as it was trained on: the stored codes, or quantized now.
@@ -247,17 +285,6 @@ class TrainingBase:
         return hash_tensors((name, [self.checkpoint.read(name)]) for name in sorted(self.checkpoint))
 
 
-def hash_tensors(named: Iterator[tuple[str, list[torch.Tensor]]]) -> str:
-    """SHA-256 over names, types, shapes and bytes, in the order given."""
-    digest = hashlib.sha256()
-    for name, tensors in named:
-        for tensor in tensors:
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights: names, shapes, layer types and ties."""
     with torch.device("meta"):
@@ -280,24 +307,3 @@ def _aliases(model: nn.Module) -> dict[str, str]:
             aliases[name] = first[id(parameter)]
         first.setdefault(id(parameter), name)
     return aliases
-
-
-def hash_codes(model: nn.Module) -> str | None:
-    """Hash of the quantized weights of a model's linear layers (`TrainingRecord.codes_sha256`), adapters apart.
-
-    Returns:
-        The hash, or None where no layer is quantized.
-    """
-    hashes = {}
-    for name, module in linear_modules(model).items():
-        if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
-            name = name.removesuffix(".base_layer")
-            hashes[name] = hash_tensors(iter([(name, list(quantized_weight(module).stored()))]))
-    return combine_hashes(hashes)
-
-
-def combine_hashes(hashes: dict[str, str]) -> str | None:
-    """One hash of several, whatever their order; None for none."""
-    if not hashes:
-        return None
-    return hashlib.sha256("".join(f"{name}:{hashes[name]}\n" for name in sorted(hashes)).encode()).hexdigest()

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lora_deploy.checkpoint import read_json, resolve_model
 from lora_deploy.errors import CheckpointError
 from lora_deploy.quantization.quantize import expand_absmax
 from lora_deploy.quantization.scheme import QuantizationScheme
@@ -184,29 +185,43 @@ def _quantized_linear(module: nn.Module, scheme: QuantizationScheme, device: tor
 
 def load_base_model(
     model: str,
-    quantization: QuantizationScheme | str = "nf4",
+    quantization: QuantizationScheme | str | None = None,
     *,
     device: torch.device | str = "cpu",
     compute_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model and quantize its linear layers, in one call.
 
-    A checkpoint that bitsandbytes quantized is loaded as it is; `quantization` must then be its own scheme or "none".
+    A checkpoint that bitsandbytes quantized is loaded as it is; `quantization` may then not be another scheme.
 
     Args:
         model: A local directory or a hub id.
-        quantization: The scheme, or a name for its defaults.
+        quantization: The scheme, or a name for its defaults; None for nf4, or for what the checkpoint is.
         device: Where the model goes.
         compute_dtype: Type of everything that is not quantized; None for float32 on a CPU and bfloat16 elsewhere.
 
     Returns:
         The model, in training mode, with every parameter frozen.
+
+    Raises:
+        CheckpointError: There is no such model, or it is quantized by another scheme.
     """
     if compute_dtype is None:
         compute_dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    if not getattr(loaded, "is_quantized", False):
-        quantize_model(loaded, quantization, device)
+    directory = resolve_model(model)
+    if isinstance(quantization, str):
+        quantization = QuantizationScheme(method=quantization)  # type: ignore[arg-type]
+    stored = QuantizationScheme.from_model_config(read_json(directory / "config.json"), directory / "config.json")
+    if stored is not None and quantization is not None and quantization.method not in ("none", stored.method):
+        raise CheckpointError(
+            "the checkpoint is quantized already, by another scheme than the one asked for",
+            file=directory / "config.json",
+            found=stored,
+            expected=quantization,
+        )
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    if stored is None:
+        quantize_model(loaded, quantization or QuantizationScheme(method="nf4"), device)
     for parameter in loaded.parameters():
         parameter.requires_grad_(False)
         if parameter.is_floating_point() and not isinstance(parameter, (bnb.nn.Params4bit, bnb.nn.Int8Params)):

@@ -66,6 +66,14 @@ class QuantizationScheme(BaseModel):
         section = config.get("quantization_config")
         if not section:
             return None
+        if not isinstance(section, dict) or section.get("bnb_4bit_quant_type", "fp4") not in ("nf4", "fp4"):
+            raise CheckpointError(
+                "the checkpoint's quantization cannot be read",
+                file=file,
+                tensor="quantization_config",
+                found=str(section)[:200],
+                expected="what transformers writes for bitsandbytes",
+            )
         skip = tuple(section.get("llm_int8_skip_modules") or ())
         if section.get("load_in_8bit"):
             return cls(method="int8", skip_modules=skip)

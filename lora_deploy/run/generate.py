@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from lora_deploy.checkpoint import read_json
@@ -75,11 +76,23 @@ class OnnxModel:
             prompt: What the user says.
             chat_template: Make it the user's turn in the model's chat template, if it has one.
             system: The system message before it; None for the template's own.
+
+        Raises:
+            UsageError: There is no chat template that takes the system message.
         """
+        if system is not None and not (chat_template and self.tokenizer.chat_template):
+            raise UsageError("a system message needs a chat template", remedy="leave --system out")
         if chat_template and self.tokenizer.chat_template:
             messages = [{"role": "system", "content": system}] if system is not None else []
             messages.append({"role": "user", "content": prompt})
-            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            try:
+                encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            except TemplateError as error:
+                raise UsageError(
+                    "the model's chat template refuses the messages",
+                    found=str(error),
+                    remedy="leave --system out, or add --no-chat-template",
+                ) from error
             return list(encoded["input_ids"])
         return list(self.tokenizer(prompt)["input_ids"])
 

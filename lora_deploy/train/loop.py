@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from lora_deploy.adapter import TrainingRecord, save_adapter
 from lora_deploy.errors import CheckpointError, UsageError
 from lora_deploy.layers import count_parameters, get_lora_model
-from lora_deploy.quantization.base import TrainingBase, hash_codes
+from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.quantization.hashes import hash_codes
 from lora_deploy.quantization.model import load_base_model
 from lora_deploy.train.arguments import trainer_arguments
 from lora_deploy.train.batches import Row, check_packing, pack

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -32,7 +32,8 @@ _TEXTS = (
     "def add(a, b):\n    return a + b",
     "What is the capital of France, and which river runs through it? Answer in one sentence, please.",
 )
-_DECODED = 8
+# Tokens of the rows that are padded, of the row that stands alone, and of those decoded one by one after each.
+_SHORT, _LONG, _DECODED = 48, 160, 16
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,18 @@ class Batch:
         name: For the report.
         input_ids: int64 (batch, length).
         attention_mask: int64 (batch, length).
+        decoded: How many tokens at the end are decoded.
     """
 
     name: str
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
+    decoded: int
 
     @property
     def prefilled(self) -> int:
         """How many tokens go in at once."""
-        return self.input_ids.shape[1] - _DECODED
+        return self.input_ids.shape[1] - self.decoded
 
 
 def check_parity(
@@ -83,7 +86,9 @@ def check_parity(
     twin = load_twin(base)
     alone = [_run_twin(twin, batch) for batch in batches] if adapter else []
     if adapter is not None:
-        apply_adapter(twin, adapter).eval()
+        # `merge_weights` would merge the twin's branch, too.
+        config = adapter.config.model_copy(update={"merge_weights": False})
+        apply_adapter(twin, replace(adapter, config=config)).eval()
     trained = [_run_twin(twin, batch) for batch in batches]
     del twin
     on_progress("verifying", 1, 3)
@@ -152,25 +157,33 @@ def _open_session(directory: Path, precision: str, provider: str) -> Iterator[tu
 
 
 def make_batches(base: TrainingBase) -> list[Batch]:
-    """The batches to compare: padded on the right, on the left, and not at all."""
-    rows = _token_rows(base)
-    more = torch.randint(0, base.config.vocab_size, (len(rows), _DECODED), generator=torch.Generator().manual_seed(1))
+    """The batches to compare: one padded on the right, one padded on the left, and a single long row."""
+    context = base.config.max_position_embeddings
+    decoded = min(_DECODED, context // 2)
+    *rows, long = _token_rows(base, context - decoded)
+    more = torch.randint(0, base.config.vocab_size, (len(rows), decoded), generator=torch.Generator().manual_seed(1))
     batches = []
-    for name, some in (("right-padded", rows), ("left-padded", rows), ("single", [max(rows, key=len)])):
+    for name, some in (("right-padded", rows), ("left-padded", rows), ("single", [long])):
         ids, mask = _pad(some, left=name == "left-padded")
         grown = more[: len(some)]
-        batches.append(Batch(name, torch.cat([ids, grown], dim=1), torch.cat([mask, torch.ones_like(grown)], dim=1)))
+        ids, mask = torch.cat([ids, grown], dim=1), torch.cat([mask, torch.ones_like(grown)], dim=1)
+        batches.append(Batch(name, ids, mask, decoded))
     return batches
 
 
-def _token_rows(base: TrainingBase) -> list[torch.Tensor]:
-    """Four rows of tokens of different lengths; random ones where the base has no tokenizer."""
-    limit = min(48, base.config.max_position_embeddings - _DECODED)
-    if any((base.directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+def _token_rows(base: TrainingBase, room: int) -> list[torch.Tensor]:
+    """Four rows of different lengths and a long one; random tokens where the base has no tokenizer that can be read."""
+    short, long = min(_SHORT, room), min(_LONG, room)
+    try:
         tokenizer = AutoTokenizer.from_pretrained(base.directory)
-        return [torch.tensor(tokenizer(text)["input_ids"][:limit]) for text in _TEXTS]
+        rows = [tokenizer(text)["input_ids"][:short] for text in _TEXTS]
+    except Exception:  # what transformers raises for a missing or a damaged tokenizer has no common base
+        rows = []
+    if rows and all(rows):  # for some kinds of models a missing tokenizer is one that knows no word
+        everything = [token for row in rows for token in row] * _LONG
+        return [torch.tensor(row) for row in [*rows, everything[:long]]]
     generator = torch.Generator().manual_seed(0)
-    lengths = (limit, limit // 2, max(limit // 4, 2), limit - 3)
+    lengths = (short, max(short // 2, 1), max(short // 4, 2), max(short - 3, 1), long)
     return [torch.randint(0, base.config.vocab_size, (length,), generator=generator) for length in lengths]
 
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_deploy.adapter import LoraAdapter, apply_adapter
 from lora_deploy.quantization import DenseWeight, load_base_model, quantize, quantized_weight
 from lora_deploy.quantization.base import TrainingBase
-from lora_deploy.quantization.model import linear_modules
+from lora_deploy.quantization.model import is_linear
 
 __all__ = ["compute_logits", "load_live_model", "load_twin"]
 
@@ -27,9 +27,9 @@ __all__ = ["compute_logits", "load_live_model", "load_twin"]
 def load_twin(base: TrainingBase) -> PreTrainedModel:
     """The base as it was trained on, dequantized, in float32 on the CPU; `apply_adapter` adds the branch."""
     model = AutoModelForCausalLM.from_pretrained(base.directory, dtype="auto", attn_implementation="eager")
-    for name, module in linear_modules(model).items():
+    for name, module in [(name, module) for name, module in model.named_modules() if is_linear(module)]:
         weight = quantized_weight(module)
-        if not base.prequantized and base.scheme.applies_to(name):
+        if not base.prequantized and name in base.linears and base.scheme.applies_to(name):
             weight = quantize(cast(DenseWeight, weight).values, base.scheme)
         if weight.scheme == "none":
             continue

@@ -73,7 +73,8 @@ def _naming(option: str) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        error.details.setdefault("remedy", f"if it has moved, name the new place with {option}")
+        hint = f"if it has moved, name the new place with {option}"
+        error.details["remedy"] = f"{error.details['remedy']}; {hint}" if "remedy" in error.details else hint
         raise
 
 

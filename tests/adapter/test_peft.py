@@ -40,6 +40,7 @@ LLAMA: dict[str, dict[str, Any]] = {
     },
     "patterns and rslora": {"target_modules": QV, "rank_pattern": {"q_proj": 2}, "use_rslora": True},
     "saved head": {"target_modules": QV, "modules_to_save": ["lm_head"]},
+    "saved by the end of a name": {"target_modules": QV, "modules_to_save": ["norm"]},
     "saved embedding and norm": {"target_modules": QV, "modules_to_save": ["embed_tokens", "model.norm"]},
     "excluded": {"target_modules": QV, "exclude_modules": ["0.self_attn.q_proj"]},
     "excluded by regex": {"target_modules": "all-linear", "exclude_modules": r".*\.mlp\..*"},

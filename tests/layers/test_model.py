@@ -22,7 +22,7 @@ from lora_deploy.layers import (
     unmerge_adapter,
 )
 from lora_deploy.quantization import quantize_model, quantized_weight
-from lora_deploy.quantization.base import hash_codes
+from lora_deploy.quantization.hashes import hash_codes
 from lora_deploy.quantization.model import linear_modules
 from tests.conftest import QUANTIZED, TINY_FAMILIES, logits, random_adapter, tiny_model
 
@@ -204,7 +204,7 @@ def test_a_quantized_module_cannot_be_trained_whole() -> None:
         get_lora_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["down_proj"]))
 
 
-@pytest.mark.parametrize("saved", ["lm_head", "norm", "embed_tokens", "mlp"])
+@pytest.mark.parametrize("saved", ["lm_head", "model.norm", "embed_tokens", "mlp"])
 def test_a_saved_module_of_a_bfloat16_model_is_trained_in_float32_and_still_fits_its_neighbours(saved: str) -> None:
     model = tiny_model("llama").bfloat16()
     expected = logits(model)

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from lora_deploy.errors import CheckpointError
 from lora_deploy.quantization import DenseWeight, QuantizationScheme, keep_codes, load_base_model, quantized_weight
-from lora_deploy.quantization.base import TrainingBase, combine_hashes, hash_codes, hash_tensors
+from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.quantization.hashes import combine_hashes, hash_codes, hash_tensors
 from lora_deploy.quantization.model import linear_modules
 from tests.conftest import QUANTIZED, TINY_FAMILIES, CheckpointFactory, assert_same_weight, load_quantized, tiny_model
 

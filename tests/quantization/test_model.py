@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_deploy.errors import CheckpointError
 from lora_deploy.quantization import QuantizationScheme, keep_codes, load_base_model, quantize_model, quantized_weight
-from lora_deploy.quantization.base import hash_codes
+from lora_deploy.quantization.hashes import hash_codes
 from lora_deploy.quantization.model import linear_modules
 from tests.conftest import (
     QUANTIZED,

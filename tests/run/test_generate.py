@@ -242,3 +242,13 @@ def test_onnxruntime_genai_opens_the_directory_and_makes_the_same_tokens(
         generator.generate_next_token()
     assert generator.get_sequence(0)[len(prompt) :].tolist() == expected
     assert genai.Tokenizer(model).encode(PROMPT).tolist() == prompt
+
+
+def test_a_system_message_that_cannot_be_given_is_refused(talking: Path) -> None:
+    with pytest.raises(UsageError, match="needs a chat template"):
+        OnnxModel(talking).encode("Hi", chat_template=False, system="Be brief.")
+    refusing = "{{ raise_exception('no system here') if messages[0]['role'] == 'system' else messages[0]['content'] }}"
+    (talking / "chat_template.jinja").write_text(refusing)
+    with pytest.raises(UsageError, match="refuses the messages"):
+        OnnxModel(talking).encode("Hi", system="Be brief.")
+    assert OnnxModel(talking).encode("Hi")

@@ -165,7 +165,7 @@ def test_the_batches_are_padded_on_both_sides_and_not_at_all(
     for batch in (right, left, single):
         assert batch.input_ids.shape == batch.attention_mask.shape
         assert batch.input_ids.max() < VOCABULARY
-        assert batch.prefilled == batch.input_ids.shape[1] - 8
+        assert batch.prefilled == batch.input_ids.shape[1] - 16
         assert batch.attention_mask[:, batch.prefilled :].all()  # what is decoded is never padding
     padded = [batch.attention_mask[:, : batch.prefilled] for batch in (right, left)]
     assert (padded[0].diff(dim=1) <= 0).all()

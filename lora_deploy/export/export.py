@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from lora_deploy.adapter import TrainingRecord
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import OutputError, UsageError
+from lora_deploy.export.graph import WeightSource
 from lora_deploy.export.merge import MergedParameters, hash_adapter
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.weights import stream_weights
@@ -118,13 +120,23 @@ def _write(plan: ExportPlan, parameters: MergedParameters, staging: Path, on_pro
         on_progress("writing weights", written, plan.expected_bytes)
 
     graph = plan.graph.model
-    stream = stream_weights(graph, plan.graph.sources, parameters)
+    stream = stream_weights(graph, _largest_first(plan), parameters)
     sha256 = write_data(graph, _and_constants(graph, stream), staging, on_bytes)
     ClearMetadataAndDocStringPass()(graph)
     graph.producer_name, graph.producer_version = "lora-deploy", version("lora-deploy")
     graph.metadata_props.update(_provenance(plan, sha256))
     write_model(graph, staging)
     _write_side_files(plan, staging)
+
+
+def _largest_first(plan: ExportPlan) -> dict[str, WeightSource]:
+    """The sources in the order of their parameters' sizes, else in that of the graph.
+
+    The allocator holds on to pieces of what it gave before. With the largest weights first, the peak of memory does not
+    grow with the number of layers.
+    """
+    sources, shapes = plan.graph.sources, plan.base.shapes
+    return dict(sorted(sources.items(), key=lambda item: -math.prod(shapes[item[1].segments[0].parameter])))
 
 
 def _and_constants(graph: ir.Model, stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -18,7 +18,7 @@ __all__ = ["stream_weights"]
 def stream_weights(
     model: ir.Model, sources: dict[str, WeightSource], parameters: MergedParameters
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The values of every initializer that waits for them, in the order of the graph.
+    """The values of every initializer that waits for them, in the order of the sources.
 
     Only one parameter is in memory at a time. It is kept for as long as the next initializer is made of the same one,
     so that a packed weight (q, k and v in one) is quantized and merged once.

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
+from lora_deploy.cli_adapter import Json, Quiet, adapter_app
 from lora_deploy.errors import LoraDeployError, UsageError
+from lora_deploy.terminal import make_console, print_json, print_report, show_progress
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from lora_deploy.verify import ParityReport
+    from lora_deploy.run.session import Weights
 
 app = typer.Typer(
     name="lora-deploy",
@@ -28,8 +25,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, for scripts.")]
+app.add_typer(adapter_app)
+
+HowWeights = Annotated[
+    str,
+    typer.Option("--weights", help="How codes run: stored; expand, to float, on opening; native, our kernels, on cpu."),
+]
 
 
 @app.callback()
@@ -67,17 +68,6 @@ def main() -> None:
 def _fail(message: str, code: int) -> int:
     print(f"lora-deploy: {message}", file=sys.stderr)
     return code
-
-
-def _console(quiet: bool = False, as_json: bool = False) -> Console:
-    """Where progress and tables go: the screen, nowhere with --quiet, or stderr where stdout carries JSON."""
-    from rich.console import Console
-
-    return Console(quiet=quiet, stderr=as_json, highlight=False)
-
-
-def _print_json(values: Any) -> None:
-    print(json.dumps(values, indent=2, sort_keys=True, default=str))
 
 
 @app.command()
@@ -135,12 +125,12 @@ def train(
     values["chat_template"] = not values.pop("no_chat_template")
     if target_modules != "all-linear":
         values["target_modules"] = [name.strip() for name in target_modules.split(",") if name.strip()]
-    console = _console(quiet, as_json)
+    console = make_console(quiet, as_json)
     result = train_adapter(TrainOptions(**values), console=console)
     if not result.main_process:
         return
     if as_json:
-        _print_json(result.model_dump(mode="json"))
+        print_json(result.model_dump(mode="json"))
         return
     console.print(f"{result.trainable_parameters:,} of {result.total_parameters:,} parameters trained")
     console.print(f"{result.steps} steps, loss {result.loss:.4f}, {result.tokens_per_second or 0:,.0f} tokens/s")
@@ -151,11 +141,37 @@ def train(
 def export(
     model: Annotated[str, typer.Option("--model", help="The base it was trained on: a directory or a hub id.")],
     output: Annotated[Path, typer.Option("--output", help="Directory to write.")],
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="Directory of the adapter.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the dequantized weights.")] = False,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16. [default: fp32 on cpu, fp16 on cuda]")
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter", help="Directory of the adapter; may be repeated with --branch.", metavar="[NAME=]DIR"
+        ),
     ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the dequantized weights.")] = False,
+    branch: Annotated[
+        bool, typer.Option("--branch", help="Keep the base's own codes, and adapters beside them, given per run.")
+    ] = False,
+    fixed: Annotated[bool, typer.Option("--fixed", help="With --branch: one adapter, built in.")] = False,
+    pool: Annotated[
+        bool, typer.Option("--pool", help="With --branch: all adapters built in, chosen for each row of a batch.")
+    ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the weights: fp32, fp16 or bf16; with --branch also nf4, fp4 or int8. "
+            "[default: fp32 on cpu, fp16 on cuda; with --branch what the base was in training]"
+        ),
+    ] = None,
+    compute_dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16, where the weights are codes. [default: as for --precision]")
+    ] = None,
+    expand: Annotated[
+        bool,
+        typer.Option("--expand", help="With --branch: codes that any runtime turns into float weights on loading."),
+    ] = False,
+    accuracy_level: Annotated[
+        int, typer.Option(help="Of int8: 0 leaves activations as they are, 4 rounds them to int8.")
+    ] = 0,
     quantization: Annotated[
         str, typer.Option(help="What the base was in training: auto, none, nf4, fp4 or int8.")
     ] = "auto",
@@ -169,17 +185,26 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export an adapter and its base to ONNX, and prove that nothing was lost."""
-    if not merge:
-        raise UsageError("say how the adapter is exported", remedy="add --merge")
-    console = _console(quiet, as_json)
-    with _progress(console) as on_progress:
+    if merge == branch:
+        raise UsageError("say how the adapter is exported", remedy="add --merge or --branch")
+    if (fixed or pool or expand) and not branch:
+        raise UsageError("--fixed, --pool and --expand go with --branch", remedy="add --branch, or leave them out")
+    if fixed and pool:
+        raise UsageError("a branch is fixed or pooled", found="--fixed --pool", remedy="leave one out")
+    console = make_console(quiet, as_json)
+    with show_progress(console) as on_progress:
         from lora_deploy.export import export_onnx
 
         result = export_onnx(
             model,
-            adapter,
+            _named(adapter or []),
             output=output,
+            merge=merge,
+            branch="fixed" if fixed else "pooled" if pool else "hot-swap",
             precision=precision,
+            compute_dtype=compute_dtype,
+            expand=expand,
+            accuracy_level=accuracy_level,
             quantization=quantization,
             double_quant=not no_double_quant,
             provider=provider,
@@ -190,33 +215,61 @@ def export(
     for warning in result.warnings:
         console.print(f"warning: {warning}", style="yellow")
     if result.report is not None:
-        _print_report(console, result.report)
+        print_report(console, result.report)
     console.print(f"{result.bytes / 1e6:,.1f} MB in {result.output}", soft_wrap=True)
     if as_json:
         report = result.report.model_dump() if result.report else None
-        _print_json(
+        print_json(
             {"output": result.output, "bytes": result.bytes, "parity": report, "warnings": list(result.warnings)}
         )
+
+
+def _named(adapters: list[str]) -> dict[str, str | Path]:
+    """`[NAME=]DIR` as directories by name; without one, the directory's own."""
+    named: dict[str, str | Path] = {}
+    for text in adapters:
+        name, separator, place = text.partition("=")
+        if not separator or Path(text).is_dir():
+            name, place = Path(text).resolve().name, text
+        if name in named:
+            raise UsageError("two adapters have the same name", found=name, remedy="give names: --adapter NAME=DIR")
+        named[name] = Path(place)
+    return named
 
 
 @app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(help="What export wrote.", metavar="OUT")],
     model: Annotated[str | None, typer.Option("--model", help="The base, if it has moved.")] = None,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="The adapter, if it has moved.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            help="Check this adapter only; its directory, if it has moved or was converted later.",
+            metavar="NAME|[NAME=]DIR",
+        ),
+    ] = None,
+    weights: HowWeights = "stored",
     provider: Annotated[str | None, typer.Option(help="cpu or cuda. [default: what it was made for]")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Compare an export with the model that was trained, anew."""
-    console = _console(quiet, as_json)
-    with _progress(console) as on_progress:
+    console = make_console(quiet, as_json)
+    with show_progress(console) as on_progress:
         from lora_deploy.verify import verify as check
 
-        report = check(directory, model=model, adapter=adapter, provider=provider, on_progress=on_progress)
-    _print_report(console, report)
+        report = check(
+            directory,
+            model=model,
+            adapter=adapter,
+            provider=provider,
+            weights=cast("Weights", weights),
+            on_progress=on_progress,
+        )
+    print_report(console, report)
     if as_json:
-        _print_json(report.model_dump())
+        print_json(report.model_dump())
     report.require(directory)
 
 
@@ -224,6 +277,12 @@ def verify(
 def run(
     directory: Annotated[Path, typer.Argument(help="What export wrote.", metavar="OUT")],
     prompt: Annotated[str, typer.Option("--prompt", help="What to say to the model.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter", help="The adapter to run with; several, with weights, are blended.", metavar="NAME[=WEIGHT]"
+        ),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="The system message, in the place of the template's own.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0: the most probable token; above: drawn by chance.")] = 0.0,
@@ -231,6 +290,7 @@ def run(
     top_p: Annotated[float, typer.Option(help="Draw from the tokens that reach this probability.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
     no_chat_template: Annotated[bool, typer.Option("--no-chat-template", help="Take the prompt as it is.")] = False,
+    weights: HowWeights = "stored",
     provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quiet: Quiet = False,
     as_json: Json = False,
@@ -238,7 +298,12 @@ def run(
     """Generate text from an export; it streams to the screen."""
     from lora_deploy.run import OnnxModel
 
-    model = OnnxModel(directory, cast("Literal['cpu', 'cuda']", provider))
+    model = OnnxModel(
+        directory,
+        _blend(adapter or []),
+        provider=cast("Literal['cpu', 'cuda']", provider),
+        weights=cast("Weights", weights),
+    )
     pieces = []
     for piece in model.stream(
         prompt,
@@ -254,11 +319,29 @@ def run(
         if not as_json:
             print(piece, end="", flush=True)
     if as_json:
-        _print_json({"text": "".join(pieces), "tokens_per_second": model.tokens_per_second})
+        print_json({"text": "".join(pieces), "tokens_per_second": model.tokens_per_second})
         return
     print()
     if not quiet and model.tokens_per_second:
         print(f"[{model.tokens_per_second:.1f} tokens/s]", file=sys.stderr)
+
+
+def _blend(adapters: list[str]) -> str | dict[str, float] | None:
+    """`NAME` or several `NAME=WEIGHT`."""
+    if not adapters:
+        return None
+    if len(adapters) == 1 and "=" not in adapters[0]:
+        return adapters[0]
+    weights = {}
+    for text in adapters:
+        name, _, weight = text.partition("=")
+        if name in weights:
+            raise UsageError("an adapter is named twice", found=name, remedy="give each one weight")
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise UsageError("a blend needs a weight for each adapter", found=text, expected="NAME=0.5") from None
+    return weights
 
 
 @app.command()
@@ -273,42 +356,10 @@ def demo(
     """The whole way on a real model: train on 4 bits, export merged, prove it, run it."""
     from lora_deploy.demo import run_demo
 
-    console = _console(quiet, as_json)
-    result = run_demo(output, steps=steps, precision=precision, console=console, progress=_progress, model=model)
+    console = make_console(quiet, as_json)
+    result = run_demo(output, steps=steps, precision=precision, console=console, progress=show_progress, model=model)
     if as_json:
-        _print_json(vars(result))
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each task that reports its progress."""
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TimeElapsedColumn(), console=console, disable=console.quiet) as progress:
-        preparing = progress.add_task("preparing", total=None)
-        tasks: dict[str, Any] = {}
-
-        def on_progress(name: str, done: int, total: int) -> None:
-            if name not in tasks:
-                progress.update(preparing, total=1, completed=1)
-                tasks[name] = progress.add_task(name, total=total)
-            progress.update(tasks[name], completed=done, total=total)
-
-        yield on_progress
-
-
-def _print_report(console: Console, report: ParityReport) -> None:
-    console.print(report.table())
-    for note in report.notes:
-        console.print(f"note: {note}", soft_wrap=True)
-    if report.bitsandbytes_gap is not None:
-        gap = report.bitsandbytes_gap
-        console.print(
-            f"note: bitsandbytes' own forward, which quantizes activations, is itself {gap.max_abs:.2g} (max abs), "
-            f"KL {gap.mean_kl:.1e} from the trained function",
-            soft_wrap=True,
-        )
+        print_json(vars(result))
 
 
 if __name__ == "__main__":

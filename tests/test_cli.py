@@ -22,6 +22,7 @@ COMMANDS = ("train", "export", "verify", "run", "demo")
 REPORT_KEYS = {
     "bitsandbytes_gap",
     "cases",
+    "codes",
     "control_failed",
     "notes",
     "passed",

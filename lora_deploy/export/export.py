@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,18 @@ import torch
 from onnx_ir import tensor_adapters
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-from lora_deploy.adapter import TrainingRecord
+from lora_deploy.adapter import LoraAdapter, TrainingRecord
 from lora_deploy.checkpoint import read_json
-from lora_deploy.errors import OutputError, UsageError
+from lora_deploy.errors import OutputError
+from lora_deploy.export.branch import add_slot_inputs, stream_branches
+from lora_deploy.export.coded import stream_codes
 from lora_deploy.export.graph import WeightSource
 from lora_deploy.export.merge import MergedParameters, hash_adapter
+from lora_deploy.export.onnx_adapter import write_onnx_adapter
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.weights import stream_weights
-from lora_deploy.export.writer import TOKENIZER_FILES, commit, staging_directory, write_data, write_model
+from lora_deploy.export.writer import INLINE_BYTES, TOKENIZER_FILES, commit, staging_directory, write_data, write_model
+from lora_deploy.manifest import BranchKind, Manifest
 from lora_deploy.quantization.hashes import combine_hashes
 
 if TYPE_CHECKING:
@@ -54,11 +58,15 @@ class ExportResult:
 
 def export_onnx(
     model: str | Path,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
     *,
     output: str | Path,
     merge: bool = True,
+    branch: BranchKind = "hot-swap",
     precision: str | None = None,
+    compute_dtype: str | None = None,
+    expand: bool = False,
+    accuracy_level: int = 0,
     quantization: str = "auto",
     double_quant: bool = True,
     provider: str = "cpu",
@@ -70,10 +78,16 @@ def export_onnx(
 
     Args:
         model: The training base: a local directory or a hub id.
-        adapter: Directory of the adapter; None to export the base alone.
+        adapter: Directory of the adapter, or of several by name (not to merge); None to export the base alone.
         output: Directory to write.
-        merge: Merge the adapter into the dequantized weights.
-        precision: "fp32", "fp16" or "bf16"; None for fp32 on cpu and fp16 on cuda.
+        merge: Merge the adapter into the dequantized weights. If not, the base keeps its own codes and the adapter
+            stands beside it.
+        branch: How, then: "fixed", "hot-swap" or "pooled".
+        precision: Of the weights, "fp32", "fp16" or "bf16", and beside a branch also the base's own scheme, or "int8";
+            None for fp32 on cpu and fp16 on cuda, and beside a branch for the base's own scheme.
+        compute_dtype: "fp32", "fp16" or "bf16" where the weights are codes; None for fp32 on cpu and fp16 on cuda.
+        expand: Dequantize the codes by standard operators, which onnxruntime folds when it opens the model.
+        accuracy_level: Of 8-bit products: 0 leaves activations as they are, 4 rounds them to int8.
         quantization: What the training base was: "none", "nf4", "fp4", "int8", or "auto".
         double_quant: Whether nf4 and fp4 were double-quantized.
         provider: "cpu" or "cuda".
@@ -89,29 +103,34 @@ def export_onnx(
         ParityError: The staged export does not compute what was trained; nothing was committed.
         OutputError: It could not be written; what was there before is unchanged.
     """
-    if not merge:
-        raise UsageError("only merged exports can be made", remedy="add --merge")
     plan = plan_export(
         model,
         adapter,
         output,
+        branch=None if merge else branch,
         precision=precision,
+        compute_dtype=compute_dtype,
+        expand=expand,
+        accuracy_level=accuracy_level,
         quantization=quantization,
         double_quant=double_quant,
         provider=provider,
         overwrite=overwrite,
     )
-    parameters = MergedParameters(plan.base, plan.adapter)
     with staging_directory(plan.output) as staging:
-        _write(plan, parameters, staging, on_progress)
-        warnings = _warnings(plan.record, combine_hashes(parameters.code_hashes))
+        manifest, code_hashes = _write(plan, staging, on_progress)
+        if plan.branch == "hot-swap":
+            for name, lora in plan.adapters.items():
+                write_onnx_adapter(lora, manifest, staging, name)
+        warnings = _warnings(plan.records, combine_hashes(code_hashes))
         report = _prove(plan, staging, on_progress) if verify else None
         commit(staging, plan.output)
     size = sum(file.stat().st_size for file in plan.output.glob("model*.onnx*"))
     return ExportResult(plan.output, size, report, warnings)
 
 
-def _write(plan: ExportPlan, parameters: MergedParameters, staging: Path, on_progress: OnProgress) -> None:
+def _write(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> tuple[Manifest, dict[str, str]]:
+    """Write graph and weights; returns what the graph says of itself, and the hash of each quantized weight read."""
     written = 0
 
     def on_bytes(count: int) -> None:
@@ -119,14 +138,57 @@ def _write(plan: ExportPlan, parameters: MergedParameters, staging: Path, on_pro
         written += count
         on_progress("writing weights", written, plan.expected_bytes)
 
-    graph = plan.graph.model
-    stream = stream_weights(graph, _largest_first(plan), parameters)
-    sha256 = write_data(graph, _and_constants(graph, stream), staging, on_bytes)
+    graph = plan.lowered.graph.model
+    parameters = MergedParameters(plan.base, _merged(plan))
+    sha256 = write_data(graph, _stream(plan, parameters), staging, on_bytes)
     ClearMetadataAndDocStringPass()(graph)
+    if plan.branch == "hot-swap":
+        add_slot_inputs(graph, plan.lowered.slots)
+    manifest = _manifest(plan, parameters.code_hashes)
     graph.producer_name, graph.producer_version = "lora-deploy", version("lora-deploy")
-    graph.metadata_props.update(_provenance(plan, sha256))
+    graph.metadata_props.update({**_provenance(plan, sha256), **manifest.entries()})
     write_model(graph, staging)
     _write_side_files(plan, staging)
+    return manifest, parameters.code_hashes
+
+
+def _merged(plan: ExportPlan) -> LoraAdapter | None:
+    """What of the adapter is merged: beside a branch, only the parameters that were trained whole."""
+    adapter = next(iter(plan.adapters.values()), None)
+    if plan.branch is None or adapter is None:
+        return adapter
+    return replace(adapter, updates={}) if plan.branch == "fixed" else None
+
+
+def _stream(plan: ExportPlan, parameters: MergedParameters) -> Iterator[tuple[str, torch.Tensor]]:
+    """Everything that the graph waits for, one tensor at a time."""
+    lowered, graph = plan.lowered, plan.lowered.graph.model
+    yield from stream_weights(graph, _largest_first(plan), parameters)
+    yield from stream_codes(graph, lowered.coded, plan.base, parameters.code_hashes)
+    if plan.branch in ("fixed", "pooled"):
+        yield from stream_branches(lowered.slots, list(plan.adapters.values()), plan.compute_dtype)
+    yield from _large_constants(graph)
+
+
+def _manifest(plan: ExportPlan, hashes: Mapping[str, str]) -> Manifest:
+    coded = tuple(
+        weight.model_copy(
+            update={
+                "modules": tuple(module.model_copy(update={"sha256": hashes[module.name]}) for module in weight.modules)
+            }
+        )
+        for weight in plan.lowered.coded
+    )
+    return Manifest(
+        branch=plan.branch,
+        precision=plan.precision,
+        compute_dtype=plan.compute_dtype,
+        base_sha256=plan.base_sha256,
+        quantization=plan.base.scheme.model_dump_json(),
+        coded=coded,
+        slots=plan.lowered.slots,
+        pool=tuple(plan.adapters) if plan.branch == "pooled" else (),
+    )
 
 
 def _largest_first(plan: ExportPlan) -> dict[str, WeightSource]:
@@ -135,19 +197,17 @@ def _largest_first(plan: ExportPlan) -> dict[str, WeightSource]:
     The allocator holds on to pieces of what it gave before. With the largest weights first, the peak of memory does not
     grow with the number of layers.
     """
-    sources, shapes = plan.graph.sources, plan.base.shapes
+    sources, shapes = plan.lowered.graph.sources, plan.base.shapes
     return dict(sorted(sources.items(), key=lambda item: -math.prod(shapes[item[1].segments[0].parameter])))
 
 
-def _and_constants(graph: ir.Model, stream: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights, then the large constants that the graph brings itself (the tables of rotary embeddings)."""
-    constants = [
-        (name, value.const_value)
-        for name, value in graph.graph.initializers.items()
-        if value.const_value is not None and value.const_value.nbytes >= 1024
-    ]
-    yield from stream
-    for name, constant in constants:
+def _large_constants(graph: ir.Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """The large constants that the graph brings itself (the tables of rotary embeddings)."""
+    for name, value in graph.graph.initializers.items():
+        constant = value.const_value
+        # An external one has been written just now.
+        if constant is None or isinstance(constant, ir.ExternalTensor) or constant.nbytes < INLINE_BYTES:
+            continue
         dtype = tensor_adapters.to_torch_dtype(constant.dtype)
         yield name, torch.frombuffer(bytearray(constant.tobytes()), dtype=dtype).reshape(tuple(constant.shape.numpy()))
 
@@ -156,18 +216,20 @@ def _provenance(plan: ExportPlan, data_sha256: str) -> dict[str, str]:
     """What the model was made of, for `metadata_props`; no times, so that the same input gives the same bytes."""
     entries = {
         "lora_deploy.base_model": plan.model,
-        "lora_deploy.mode": "merge",
-        "lora_deploy.precision": plan.precision,
         "lora_deploy.provider": plan.provider,
-        "lora_deploy.quantization": plan.base.scheme.model_dump_json(),
-        "lora_deploy.base_sha256": plan.record.base_sha256 if plan.record else plan.base.sha256(),
         "lora_deploy.data_sha256": data_sha256,
         "lora_deploy.versions": json.dumps({name: _version(name) for name in ("mobius-onnx", "onnx-ir", "torch")}),
     }
-    if plan.adapter is not None:
-        entries["lora_deploy.adapter"] = plan.adapter.source
-        entries["lora_deploy.adapter_sha256"] = hash_adapter(plan.adapter)
-        entries["lora_deploy.adapter_config"] = json.dumps(json.loads(plan.adapter.config.to_json()), sort_keys=True)
+    if plan.adapters:
+        described = {
+            name: {
+                "source": adapter.source,
+                "sha256": hash_adapter(adapter),
+                "config": json.loads(adapter.config.to_json()),
+            }
+            for name, adapter in plan.adapters.items()
+        }
+        entries["lora_deploy.adapters"] = json.dumps(described, sort_keys=True)
     return entries
 
 
@@ -183,7 +245,7 @@ def _write_side_files(plan: ExportPlan, staging: Path) -> None:
     config = plan.base.config.to_dict()
     for key in ("_name_or_path", "dtype", "torch_dtype"):
         config.pop(key, None)
-    config["dtype"] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[plan.precision]
+    config["dtype"] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[plan.compute_dtype]
     try:
         for name, values in (("config.json", config), ("genai_config.json", _genai_config(plan))):
             (staging / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -197,7 +259,7 @@ def _write_side_files(plan: ExportPlan, staging: Path) -> None:
 
 def _genai_config(plan: ExportPlan) -> dict[str, Any]:
     """The graph's, with the special tokens of generation_config.json, which knows every token that ends an answer."""
-    config = {**plan.graph.genai_config, "model": dict(plan.graph.genai_config["model"])}
+    config = {**plan.lowered.graph.genai_config, "model": dict(plan.lowered.graph.genai_config["model"])}
     file = plan.base.directory / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -206,8 +268,8 @@ def _genai_config(plan: ExportPlan) -> dict[str, Any]:
     return config
 
 
-def _warnings(record: TrainingRecord | None, codes_sha256: str | None) -> tuple[str, ...]:
-    if record is None or record.codes_sha256 in (None, codes_sha256):
+def _warnings(records: Mapping[str, TrainingRecord], codes_sha256: str | None) -> tuple[str, ...]:
+    if all(record.codes_sha256 in (None, codes_sha256) for record in records.values()):
         return ()
     return (
         "the quantized weights are not bit for bit those of the training: same checkpoint, but another device or "
@@ -218,9 +280,7 @@ def _warnings(record: TrainingRecord | None, codes_sha256: str | None) -> tuple[
 def _prove(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> ParityReport:
     from lora_deploy.verify import check_parity
 
-    report = check_parity(
-        staging, plan.base, plan.adapter, precision=plan.precision, provider=plan.provider, on_progress=on_progress
-    )
+    report = check_parity(staging, plan.base, plan.adapters, provider=plan.provider, on_progress=on_progress)
     report.save(staging)
     report.require(plan.output)
     return report

@@ -7,6 +7,7 @@ original one: the adapter has learnt to live with the quantization error, and wi
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -14,7 +15,7 @@ from lora_deploy.adapter import LoraAdapter, LoraUpdate
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 
-__all__ = ["MergedParameters", "hash_adapter"]
+__all__ = ["MergedParameters", "drop_copies", "hash_adapter"]
 
 
 class MergedParameters:
@@ -62,6 +63,22 @@ class MergedParameters:
         if update is None:
             return next(weight.stored()) if weight.scheme == "none" else weight.dequantize()
         return _add(weight.dequantize(), update)
+
+
+def drop_copies(adapter: LoraAdapter, base: TrainingBase) -> LoraAdapter:
+    """An adapter without the weights that it only copied from its base.
+
+    PEFT saves the base's own weight beside the update of an output head, as if it had been trained.
+    """
+    kept = {}
+    for name, values in adapter.parameters.items():
+        module, _, last = name.rpartition(".")
+        if last == "weight" and module in adapter.updates and not base.holds_codes(module):
+            own = base.tensor(name)
+            if own.shape == values.shape and torch.equal(own.float(), values.float()):
+                continue
+        kept[name] = values
+    return replace(adapter, parameters=kept)
 
 
 def hash_adapter(adapter: LoraAdapter) -> str:

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import get_args
+
+import onnx_ir as ir
 
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
+from lora_deploy.adapter.packing import check_slots
 from lora_deploy.errors import AdapterError, CheckpointError, OutputError, UsageError
-from lora_deploy.export.graph import Graph, build_graph
-from lora_deploy.export.sites import find_sites, lower_dense, share_initializers
+from lora_deploy.export.coded import CodedBase
+from lora_deploy.export.graph import build_graph
+from lora_deploy.export.lower import Branches, Lowered, lower_graph
+from lora_deploy.export.merge import drop_copies
+from lora_deploy.export.options import (
+    ComputeDtype,
+    Precision,
+    Provider,
+    check_accuracy_level,
+    check_branch,
+    check_precision,
+    check_provider,
+    choose_types,
+    training_scheme,
+)
 from lora_deploy.export.writer import MODEL_NAME
-from lora_deploy.quantization import QuantizationScheme
+from lora_deploy.manifest import BranchKind
 from lora_deploy.quantization.base import TrainingBase
 
 __all__ = ["ExportPlan", "Precision", "Provider", "plan_export"]
 
-Precision = Literal["fp32", "fp16", "bf16"]
-Provider = Literal["cpu", "cuda"]
+_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 @dataclass(frozen=True)
@@ -28,32 +44,45 @@ class ExportPlan:
     Attributes:
         model: The training base, as it was named.
         base: The base as it was trained on.
-        adapter: The adapter to merge; None for the base alone.
-        record: What training left beside the adapter, if it did.
-        precision: Type of the weights and of the computation.
+        branch: How adapters stand in the graph; None where they are merged.
+        adapters: The adapters, by name.
+        records: What training left beside each of them, where it did.
+        precision: Of the weights.
+        compute_dtype: Of the computation.
         provider: The execution provider it is meant for.
         output: Directory to write.
-        graph: The graph, lowered, without weights.
+        lowered: The graph, lowered, without weights.
         expected_bytes: Size of the weights.
     """
 
     model: str
     base: TrainingBase
-    adapter: LoraAdapter | None
-    record: TrainingRecord | None
+    branch: BranchKind | None
+    adapters: Mapping[str, LoraAdapter]
+    records: Mapping[str, TrainingRecord]
     precision: Precision
+    compute_dtype: ComputeDtype
     provider: Provider
     output: Path
-    graph: Graph
+    lowered: Lowered
     expected_bytes: int
+
+    @property
+    def base_sha256(self) -> str:
+        """Hash of the training base."""
+        return next((record.base_sha256 for record in self.records.values()), None) or self.base.sha256()
 
 
 def plan_export(
     model: str | Path,
-    adapter: str | Path | None,
+    adapters: str | Path | Mapping[str, str | Path] | None,
     output: str | Path,
     *,
+    branch: str | None = None,
     precision: str | None = None,
+    compute_dtype: str | None = None,
+    expand: bool = False,
+    accuracy_level: int = 0,
     quantization: str = "auto",
     double_quant: bool = True,
     provider: str = "cpu",
@@ -63,9 +92,14 @@ def plan_export(
 
     Args:
         model: The training base: a local directory or a hub id.
-        adapter: Directory of the adapter; None to export the base alone.
+        adapters: Directory of the adapter, or of several by name; None to export the base alone.
         output: Directory to write.
-        precision: "fp32", "fp16" or "bf16"; None for fp32 on cpu and fp16 on cuda.
+        branch: None to merge; "fixed", "hot-swap" or "pooled" for a branch beside the untouched base.
+        precision: Of the weights, "fp32", "fp16" or "bf16", and beside a branch also the base's own scheme, or "int8";
+            None for fp32 on cpu and fp16 on cuda, and beside a branch for the base's own scheme.
+        compute_dtype: "fp32", "fp16" or "bf16" where the weights are codes; None for fp32 on cpu and fp16 on cuda.
+        expand: Dequantize the codes by standard operators, which onnxruntime folds when it opens the model.
+        accuracy_level: Of 8-bit products: 0 leaves activations as they are, 4 rounds them to int8.
         quantization: What the training base was: "none", "nf4", "fp4", "int8", or "auto" to read it from the
             checkpoint or from what training left beside the adapter.
         double_quant: Whether nf4 and fp4 were double-quantized.
@@ -77,62 +111,54 @@ def plan_export(
         InputError: Model or adapter are missing, damaged or do not fit each other.
         OutputError: The output exists.
     """
-    provider, precision = _check_options(provider, precision)
+    if adapters is None or isinstance(adapters, Mapping):
+        named = {name: Path(directory) for name, directory in (adapters or {}).items()}
+    else:
+        named = {Path(adapters).resolve().name: Path(adapters)}
+    provider = check_provider(provider)
+    branch = check_branch(branch, named)
+    check_precision(precision, branch, provider)
     output = Path(output)
     try:
         if output.is_symlink():
             output = output.resolve()
-        _check_output(output, overwrite, [Path(model), *([] if adapter is None else [Path(adapter)])])
+        _check_output(output, overwrite, [Path(model), *named.values()])
     except OSError as error:
         raise OutputError("the output cannot be used", file=output, found=error.strerror or str(error)) from error
-    lora = read_adapter(adapter, lazy=True) if adapter is not None else None
-    record = TrainingRecord.load(adapter) if adapter is not None else None
-    base = TrainingBase(model, _scheme(quantization, double_quant, record))
-    if base.prequantized and quantization == "none":
-        raise CheckpointError(
-            "the checkpoint is quantized already, but it is said that the base was not",
-            file=base.directory / "config.json",
-            tensor="quantization_config",
-            found=base.scheme,
-            expected="none",
-            remedy="leave --quantization out, or give the full-precision checkpoint",
-        )
-    if not base.prequantized and quantization == "auto" and record is None and lora is not None:
-        raise UsageError(
-            "it is not known which base the adapter was trained on: neither the checkpoint nor the adapter says",
-            file=adapter,
-            expected="the quantization in training",
-            remedy="add --quantization nf4 (QLoRA), fp4, int8, or none for a full-precision base",
-        )
-    if lora is not None:
-        linears = {name: layer.shape for name, layer in base.linears.items()}
-        if base.head is not None:
-            rows, columns = base.shapes[f"{base.head}.weight"]
-            linears[base.head] = (rows, columns)
+    loras = {name: read_adapter(directory, lazy=True) for name, directory in named.items()}
+    loaded = {name: TrainingRecord.load(directory) for name, directory in named.items()}
+    records = {name: record for name, record in loaded.items() if record is not None}
+    base = TrainingBase(model, training_scheme(quantization, double_quant, records))
+    _check_base(base, quantization, named, records)
+    linears = {name: layer.shape for name, layer in base.linears.items()}
+    if base.head is not None:
+        rows, columns = base.shapes[f"{base.head}.weight"]
+        linears[base.head] = (rows, columns)
+    for lora in loras.values():
         lora.check_against(base.shapes, linears)
-    if record is not None:
-        _check_record(base, record, str(adapter))
-    graph = _prepare_graph(base, lora, precision, provider)
-    item = 4 if precision == "fp32" else 2
-    values = (graph.model.graph.initializers[name] for name in graph.sources)
-    expected = sum(item * math.prod(value.shape.numpy() if value.shape else ()) for value in values)
-    return ExportPlan(str(model), base, lora, record, precision, provider, output, graph, expected)
+    loras = {name: drop_copies(lora, base) for name, lora in loras.items()}
+    for name, record in records.items():
+        _check_record(base, record, str(named[name]))
+    weights, compute = choose_types(base, precision, compute_dtype, branch, provider, expand)
+    check_accuracy_level(accuracy_level, weights, expand)
+    dtype = _DTYPES[compute]
+    coded_base = None
+    if branch is not None and weights not in get_args(ComputeDtype):
+        whole = frozenset(name.removesuffix(".weight") for lora in loras.values() for name in lora.parameters)
+        coded_base = CodedBase(base, weights, expand, dtype, accuracy_level, whole)
+    lowered = _prepare_graph(base, loras, branch, coded_base, compute, provider)
+    if branch in ("hot-swap", "pooled"):
+        for lora in loras.values():
+            check_slots(lowered.slots, lora)
+    waiting = [value for value in lowered.graph.model.graph.initializers.values() if value.const_value is None]
+    expected = sum(_bytes(value) for value in waiting)
+    return ExportPlan(str(model), base, branch, loras, records, weights, compute, provider, output, lowered, expected)
 
 
-def _check_options(provider: str, precision: str | None) -> tuple[Provider, Precision]:
-    if provider not in get_args(Provider):
-        raise UsageError("there is no such provider", found=provider, expected=" or ".join(get_args(Provider)))
-    if precision is None:
-        precision = "fp16" if provider == "cuda" else "fp32"
-    if precision not in get_args(Precision):
-        raise UsageError("there is no such precision", found=precision, expected=", ".join(get_args(Precision)))
-    if precision == "bf16" and provider == "cpu":
-        raise UsageError(
-            "onnxruntime's CPU provider has no bfloat16 kernels",
-            found="--precision bf16 --provider cpu",
-            remedy="take --precision fp32 or fp16, or --provider cuda",
-        )
-    return cast(Provider, provider), cast(Precision, precision)
+def _bytes(value: ir.Value) -> int:
+    assert value.dtype is not None
+    assert value.shape is not None
+    return math.ceil(value.dtype.itemsize * math.prod(value.shape.numpy()))
 
 
 def _check_output(output: Path, overwrite: bool, inputs: list[Path]) -> None:
@@ -154,26 +180,25 @@ def _check_output(output: Path, overwrite: bool, inputs: list[Path]) -> None:
         )
 
 
-def _scheme(quantization: str, double_quant: bool, record: TrainingRecord | None) -> QuantizationScheme | None:
-    if quantization not in ("auto", "none", "nf4", "fp4", "int8"):
-        raise UsageError("there is no such quantization", found=quantization, expected="auto, none, nf4, fp4 or int8")
-    recorded = record.quantization if record else None
-    method = recorded.method if recorded else "none"
-    asked = QuantizationScheme(
-        method=method if quantization == "auto" else cast(Literal["none", "nf4", "fp4", "int8"], quantization),
-        double_quant=double_quant,
-    )
-    # Double quantization is the default, so only asking for none can contradict the record.
-    if recorded and (
-        recorded.method != asked.method or (asked.is_4bit and recorded.double_quant and not asked.double_quant)
-    ):
-        raise AdapterError(
-            "the adapter was trained on a base of another quantization than the one asked for",
-            found=asked,
-            expected=recorded,
-            remedy="leave --quantization and --no-double-quant out",
+def _check_base(
+    base: TrainingBase, quantization: str, named: Mapping[str, Path], records: Mapping[str, TrainingRecord]
+) -> None:
+    if base.prequantized and quantization == "none":
+        raise CheckpointError(
+            "the checkpoint is quantized already, but it is said that the base was not",
+            file=base.directory / "config.json",
+            tensor="quantization_config",
+            found=base.scheme,
+            expected="none",
+            remedy="leave --quantization out, or give the full-precision checkpoint",
         )
-    return recorded or (None if quantization == "auto" else asked)
+    if not base.prequantized and quantization == "auto" and not records and named:
+        raise UsageError(
+            "it is not known which base the adapter was trained on: neither the checkpoint nor the adapter says",
+            file=next(iter(named.values())),
+            expected="the quantization in training",
+            remedy="add --quantization nf4 (QLoRA), fp4, int8, or none for a full-precision base",
+        )
 
 
 def _check_record(base: TrainingBase, record: TrainingRecord, adapter: str) -> None:
@@ -188,14 +213,32 @@ def _check_record(base: TrainingBase, record: TrainingRecord, adapter: str) -> N
         )
 
 
-def _prepare_graph(base: TrainingBase, adapter: LoraAdapter | None, precision: Precision, provider: Provider) -> Graph:
-    """Build the graph and lower its linear layers. A tie that the adapter breaks is broken in the graph too."""
-    trained = {*adapter.parameters, *(f"{name}.weight" for name in adapter.updates)} if adapter else set()
+def _prepare_graph(
+    base: TrainingBase,
+    adapters: Mapping[str, LoraAdapter],
+    branch: BranchKind | None,
+    coded_base: CodedBase | None,
+    compute_dtype: ComputeDtype,
+    provider: Provider,
+) -> Lowered:
+    """Build the graph and lower its linear layers. A tie that a merged or trained weight breaks is broken here too."""
+    updated = {name for lora in adapters.values() for name in lora.updates}
+    trained = {name for lora in adapters.values() for name in lora.parameters}
+    if branch is None:
+        trained |= {f"{name}.weight" for name in updated}
     broken = {alias for alias, name in base.aliases.items() if alias in trained or name in trained}
     shapes = {name: shape for name, shape in base.shapes.items() if name not in base.aliases or name in broken}
     config = base.config
     if broken:
         config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
-    graph = build_graph(config, shapes, precision=precision, provider=provider, file=base.directory / "config.json")
-    lower_dense(graph.model, find_sites(graph.model))
-    return Graph(graph.model, share_initializers(graph.model, graph.sources), graph.genai_config)
+    graph = build_graph(config, shapes, precision=compute_dtype, provider=provider, file=base.directory / "config.json")
+    branches = None
+    if branch is not None:
+        tied = {
+            name.removesuffix(".weight"): alias.removesuffix(".weight")
+            for alias, name in base.aliases.items()
+            if alias not in broken
+        }
+        targets = updated | set(base.linears) if branch == "hot-swap" else updated
+        branches = Branches(branch, tuple(adapters.values()), targets, tied)
+    return lower_graph(graph, coded_base, branches)

@@ -18,9 +18,11 @@ import onnx_ir as ir
 import torch
 
 from lora_deploy.errors import OutputError
+from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX
 
 __all__ = [
     "DATA_PATTERN",
+    "INLINE_BYTES",
     "MODEL_NAME",
     "SIDE_FILES",
     "TOKENIZER_FILES",
@@ -48,7 +50,7 @@ DATA_PATTERN = "model-*.onnx.data"
 
 # Page alignment lets onnxruntime map a tensor; smaller ones stay inside model.onnx, where shapes must be.
 _ALIGNMENT = 4096
-_INLINE_BYTES = 1024
+INLINE_BYTES = 1024
 _PIECE = 1 << 24
 
 
@@ -78,6 +80,8 @@ def _remove_empty(directories: list[Path]) -> None:
     for directory in directories:
         try:
             directory.rmdir()
+        except FileNotFoundError:
+            continue
         except OSError:
             return
 
@@ -110,7 +114,7 @@ def write_data(
             for name, values in tensors:
                 raw = values.reshape(-1).view(torch.uint8).numpy()
                 value = model.graph.initializers[name]
-                if raw.nbytes < _INLINE_BYTES:
+                if raw.nbytes < INLINE_BYTES:
                     value.const_value = ir.Tensor(_in_ir(values), dtype=value.dtype, name=name)
                     continue
                 padding = bytes(-file.tell() % _ALIGNMENT)
@@ -159,7 +163,7 @@ def write_model(model: ir.Model, directory: Path) -> None:
 
 
 def commit(staging: Path, output: Path) -> None:
-    """Move the staged files to the output, `model.onnx` last, and remove weights that nothing refers to any more.
+    """Move the staged files to the output, `model.onnx` last, and remove what is left of an older export.
 
     Whatever stops it before `model.onnx` is there, the files of an older export are put back.
 
@@ -168,7 +172,8 @@ def commit(staging: Path, output: Path) -> None:
     """
     files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != MODEL_NAME)
     moved: list[tuple[Path, Path | None]] = []
-    missing = [path for path in (output, *output.parents) if not os.path.lexists(path)]
+    directories = (output / ADAPTER_DIRECTORY, output, *output.parents)
+    missing = [path for path in directories if not os.path.lexists(path)]
     try:
         output.mkdir(parents=True, exist_ok=True)
         for number, file in enumerate(files):
@@ -188,12 +193,15 @@ def commit(staging: Path, output: Path) -> None:
         if isinstance(error, OSError):
             raise _failed(output, error) from error
         raise
-    kept = {file.name for file in files}
+    kept = {output / file.relative_to(staging) for file in files}
+    adapters = output / ADAPTER_DIRECTORY
     with suppress(OSError):  # the export is there; what is left of an older one is not read with it
         _sync(output)
-        for stale in [*output.glob(DATA_PATTERN), *(output / name for name in SIDE_FILES)]:
-            if stale.name not in kept and stale.is_file():
+        older = [*output.glob(DATA_PATTERN), *adapters.glob(f"*{ADAPTER_SUFFIX}")]
+        for stale in [*older, *(output / name for name in SIDE_FILES)]:
+            if stale not in kept and stale.is_file():
                 stale.unlink()
+    _remove_empty([adapters])
 
 
 def _put_back(moved: list[tuple[Path, Path | None]]) -> None:

@@ -188,6 +188,20 @@ class TrainingBase:
         module = key.removesuffix("weight")
         return f"{module}SCB" in self.checkpoint or self._state_key(module) is not None
 
+    def holds_codes(self, module: str) -> bool:
+        """Whether a linear layer was quantized in training."""
+        if self.prequantized:
+            return self._is_quantized(f"{module}.weight")
+        return module in self.linears and self.scheme.applies_to(module)
+
+    def blocksize(self, module: str) -> int:
+        """Weights that share one absmax in a 4-bit layer."""
+        prefix = self._require_key(f"{module}.weight").removesuffix("weight")
+        state_key = self._state_key(prefix) if self.prequantized else None
+        if state_key is None:
+            return self.scheme.blocksize
+        return int(json.loads(bytes(self.checkpoint.read(state_key).tolist()))["blocksize"])
+
     def _state_key(self, module: str) -> str | None:
         keys = (f"{module}{_4BIT_STATE}{kind}" for kind in ("nf4", "fp4"))
         return next((key for key in keys if key in self.checkpoint), None)

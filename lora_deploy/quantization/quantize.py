@@ -7,11 +7,10 @@ import torch
 from bitsandbytes import functional as bnb
 from numpy.typing import NDArray
 
+from lora_deploy.codes import FP4_CODE, NF4_CODE
 from lora_deploy.errors import InputError
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.weight import (
-    FP4_CODE,
-    NF4_CODE,
     Blockwise4BitWeight,
     DenseWeight,
     Int8Weight,

@@ -13,31 +13,9 @@ from typing import Protocol
 
 import torch
 
-__all__ = ["FP4_CODE", "NF4_CODE", "Blockwise4BitWeight", "DenseWeight", "Int8Weight", "QuantizedWeight"]
+from lora_deploy.codes import FP4_CODE, NF4_CODE
 
-# QLoRA, appendix E (https://arxiv.org/abs/2305.14314): quantiles of the normal distribution, exact zero included.
-NF4_CODE = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-)
-# bitsandbytes' bit order: sign in the highest bit, then the magnitudes below, in twelfths.
-_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
-FP4_CODE = tuple(m / 12 for m in _FP4_MAGNITUDES) + tuple(-m / 12 for m in _FP4_MAGNITUDES)
-
+__all__ = ["Blockwise4BitWeight", "DenseWeight", "Int8Weight", "QuantizedWeight"]
 
 # Bytes of codes looked up in one go: the indices take four times their memory.
 _PIECE = 1 << 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import CheckpointError, UsageError
-from lora_deploy.run.session import OnnxSession
+from lora_deploy.run.adapters import Adapters
+from lora_deploy.run.sampling import Sampling
+from lora_deploy.run.session import OnnxSession, Weights
 
 __all__ = ["OnnxModel"]
 
@@ -23,24 +25,38 @@ class OnnxModel:
 
     Args:
         directory: What `lora-deploy export` wrote.
+        adapter: The adapter to begin with, as `set_adapter` takes it.
         provider: "cpu" or "cuda".
+        weights: How weights that are kept as codes run, as `OnnxSession` takes it.
 
     Attributes:
+        adapters: The adapters that it can run with.
         tokenizer: The tokenizer of the base.
         eos_token_ids: The tokens that end an answer.
         context_length: How many tokens the model takes, prompt and answer; None where its configuration does not say.
-        tokens_per_second: Decoding speed of the last generation, without the prompt; None before the first.
+        tokens_per_second: Decoding speed of the last generation, without the prompt, of all rows together; None before
+            the first.
 
     Raises:
         CheckpointError: The directory is no export or is damaged.
-        UsageError: onnxruntime or the provider is not installed.
+        AdapterError: The adapter cannot be read or is not one for this export.
+        UsageError: onnxruntime or the provider is not installed, or there is no such adapter.
     """
 
-    def __init__(self, directory: str | Path, provider: Literal["cpu", "cuda"] = "cpu") -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        adapter: str | Mapping[str, float] | None = None,
+        *,
+        provider: Literal["cpu", "cuda"] = "cpu",
+        weights: Weights = "stored",
+    ) -> None:
         from transformers import AutoTokenizer
 
         self.directory = Path(directory)
-        self.session = OnnxSession(self.directory, provider)
+        self.session = OnnxSession(self.directory, provider, weights)
+        self.adapters = Adapters(self.session, self.directory)
+        self.set_adapter(adapter)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(self.directory)
         except (OSError, ValueError, KeyError) as error:
@@ -68,6 +84,19 @@ class OnnxModel:
         file = self.directory / "config.json"
         config = read_json(file) if file.is_file() else {}
         return config.get("max_position_embeddings") or config.get("n_positions")
+
+    def set_adapter(self, adapter: str | Mapping[str, float] | None) -> None:
+        """Choose the adapter of the runs to come. Costs no reload: each adapter is read and uploaded once.
+
+        Args:
+            adapter: Its name; or weights by name, for a blend of several (not of a pooled graph); None for the bare
+                base.
+
+        Raises:
+            AdapterError: It cannot be read or is not one for this export.
+            UsageError: There is no such adapter, or the graph has it built in.
+        """
+        self._inputs = self.adapters.inputs(adapter)
 
     def encode(self, prompt: str, *, chat_template: bool = True, system: str | None = None) -> list[int]:
         """Turn a prompt into tokens.
@@ -119,43 +148,86 @@ class OnnxModel:
         Raises:
             UsageError: A setting is out of range, or the prompt is empty or longer than the context.
         """
-        sound = (
-            temperature >= 0 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens >= 1 and (seed is None or seed >= 0)
-        )
-        if not input_ids or not sound:
-            raise UsageError(
-                "this cannot be generated from",
-                found=f"{len(input_ids)} prompt tokens, temperature {temperature}, top_k {top_k}, top_p {top_p}, "
-                f"max_new_tokens {max_new_tokens}, seed {seed}",
-                expected="a prompt, temperature >= 0, top_k >= 0, 0 < top_p <= 1, max_new_tokens >= 1, seed >= 0",
-            )
+        settings = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
+        for tokens in self._decode([input_ids], self._inputs, settings):
+            yield from (token for token in tokens if token is not None)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str],
+        adapters: Sequence[str | None] | None = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        **encoding: Any,
+    ) -> list[str]:
+        """Answer several prompts in one run; on a pooled graph each with an adapter of its own.
+
+        Args:
+            prompts: What to answer.
+            adapters: The adapter of each, None for the bare base (pooled graphs only); None for the one that is set.
+            max_new_tokens: As `generate_tokens` takes it, as are the next four.
+            temperature: See there.
+            top_k: See there.
+            top_p: See there.
+            seed: See there.
+            **encoding: As `encode` takes it.
+
+        Raises:
+            UsageError: As `generate_tokens`, or the adapters do not go with the graph or the prompts.
+        """
+        rows = [self.encode(prompt, **encoding) for prompt in prompts]
+        inputs = self._inputs
+        if adapters is not None:
+            if len(adapters) != len(prompts):
+                raise UsageError("each prompt needs one adapter", found=f"{len(adapters)} for {len(prompts)} prompts")
+            inputs = self.adapters.row_inputs(adapters)
+        answers: list[list[int]] = [[] for _ in rows]
+        for tokens in self._decode(rows, inputs, Sampling(max_new_tokens, temperature, top_k, top_p, seed)):
+            for answer, token in zip(answers, tokens, strict=True):
+                if token is not None:
+                    answer.append(token)
+        return [self.tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
+
+    def _decode(
+        self, rows: list[list[int]], inputs: Mapping[str, Any], settings: Sampling
+    ) -> Iterator[list[int | None]]:
+        """The next token of every row, None for one that has ended, until all have."""
+        settings.check(rows)
+        longest = max(map(len, rows))
+        limits = np.full(len(rows), settings.max_new_tokens)
         if self.context_length is not None:
-            if len(input_ids) > self.context_length:
+            if longest > self.context_length:
                 raise UsageError(
                     "the prompt is longer than the model's context",
-                    found=f"{len(input_ids)} tokens",
+                    found=f"{longest} tokens",
                     expected=f"at most {self.context_length}",
                     remedy="shorten the prompt",
                 )
-            max_new_tokens = min(max_new_tokens, self.context_length - len(input_ids) + 1)
+            limits = np.minimum(limits, [self.context_length - len(row) + 1 for row in rows])
         self.tokens_per_second = None
-        random = np.random.default_rng(seed)
-        new = np.array([input_ids], np.int64)
-        mask = np.ones_like(new)
-        cache = None
-        started = 0.0
-        for count in range(max_new_tokens):
-            logits, cache = self.session.forward(new, mask, cache)
-            if count == 0:
+        random = np.random.default_rng(settings.seed)
+        new, mask = _pad_left(rows, longest)
+        alive = np.ones(len(rows), bool)
+        cache, started, decoded = None, 0.0, 0
+        for step in range(int(limits.max())):
+            logits, cache = self.session.forward(new, mask, cache, inputs)
+            if step == 0:
                 started = time.perf_counter()
             else:
-                self.tokens_per_second = count / (time.perf_counter() - started)
-            token = choose_token(logits[0, -1], random, temperature, top_k, top_p)
-            yield token
-            if token in self.eos_token_ids:
+                decoded += int(alive.sum())
+                self.tokens_per_second = decoded / (time.perf_counter() - started)
+            tokens = [settings.choose(logits[row, -1], random) if alive[row] else None for row in range(len(rows))]
+            yield tokens
+            alive &= [token is not None and token not in self.eos_token_ids for token in tokens]
+            alive &= step + 1 < limits
+            if not alive.any():
                 return
-            new = np.array([[token]], np.int64)
-            mask = np.concatenate([mask, np.ones_like(new)], axis=1)
+            new = np.array([[token or 0] for token in tokens], np.int64)
+            mask = np.concatenate([mask, alive.astype(np.int64)[:, None]], axis=1)
 
     def stream(
         self, prompt: str, *, chat_template: bool = True, system: str | None = None, **options: Any
@@ -178,27 +250,9 @@ class OnnxModel:
         return "".join(self.stream(prompt, **options))
 
 
-def choose_token(
-    logits: NDArray[np.float32], random: np.random.Generator, temperature: float, top_k: int, top_p: float
-) -> int:
-    """The next token: the most probable one, or one drawn by temperature, top-k and nucleus (top-p) sampling.
-
-    Args:
-        logits: (vocabulary,).
-        random: Where chance comes from.
-        temperature: Divides the logits; 0 for the most probable token.
-        top_k: Keep so many tokens; 0 for all.
-        top_p: Keep the most probable tokens that together reach this (https://arxiv.org/abs/1904.09751).
-    """
-    if temperature == 0:
-        return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")
-    if top_k:
-        order = order[:top_k]
-    scaled = logits[order].astype(np.float64) / temperature
-    probabilities = np.exp(scaled - scaled.max())
-    probabilities /= probabilities.sum()
-    if top_p < 1:
-        kept = int(np.searchsorted(np.cumsum(probabilities), top_p)) + 1
-        order, probabilities = order[:kept], probabilities[:kept] / probabilities[:kept].sum()
-    return int(random.choice(order, p=probabilities))
+def _pad_left(rows: list[list[int]], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens and attention mask, (batch, length)."""
+    ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
+    for number, row in enumerate(rows):
+        ids[number, length - len(row) :], mask[number, length - len(row) :] = row, 1
+    return ids, mask

@@ -1,19 +1,23 @@
-"""An onnxruntime session with a key-value cache that stays on its device."""
+"""An onnxruntime session with a key-value cache, and adapters, that stay on their device."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lora_deploy.errors import CheckpointError, UsageError
+from lora_deploy.manifest import Manifest
 
-__all__ = ["Cache", "OnnxSession"]
+__all__ = ["Cache", "OnnxSession", "import_onnxruntime", "numpy_dtype", "numpy_of"]
 
 # Keys and values of all layers, by the name of the input that takes them.
 Cache = dict[str, Any]
+# How the weights that the export keeps as codes are run.
+Weights = Literal["stored", "expand", "native"]
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -43,44 +47,79 @@ class OnnxSession:
     Args:
         model: The `model.onnx` file, or the directory that holds it.
         provider: "cpu" or "cuda".
+        weights: How weights that are kept as codes run: "stored", as the graph has them; "expand", dequantized when the
+            model is opened, which takes the memory of a float model and has its speed; "native", by lora-deploy's own
+            kernel, on the CPU.
 
     Attributes:
         provider: The provider in use.
         has_position_ids: Whether the graph takes position ids.
+        manifest: What the graph says of itself; None where lora-deploy did not make it.
 
     Raises:
         CheckpointError: There is no model, or onnxruntime cannot open it.
-        UsageError: onnxruntime or the provider is not installed.
+        UsageError: onnxruntime or the provider is not installed, or the weights cannot run that way.
     """
 
-    def __init__(self, model: str | Path, provider: Literal["cpu", "cuda"] = "cpu") -> None:
-        onnxruntime = import_onnxruntime()
+    def __init__(
+        self, model: str | Path, provider: Literal["cpu", "cuda"] = "cpu", weights: Weights = "stored"
+    ) -> None:
+        self._onnxruntime = import_onnxruntime()
         file = Path(model) / "model.onnx" if Path(model).is_dir() else Path(model)
         if not file.is_file():
             raise CheckpointError("there is no exported model", file=file, remedy="make one with lora-deploy export")
-        if provider not in _PROVIDERS or _PROVIDERS[provider] not in onnxruntime.get_available_providers():
+        if provider not in _PROVIDERS or _PROVIDERS[provider] not in self._onnxruntime.get_available_providers():
             raise UsageError(
                 "onnxruntime does not have this provider here",
-                found=", ".join(onnxruntime.get_available_providers()),
+                found=", ".join(self._onnxruntime.get_available_providers()),
                 expected=_PROVIDERS.get(provider, " or ".join(_PROVIDERS)),
                 remedy='for cuda: pip uninstall onnxruntime, then pip install "lora-deploy[gpu]"',
             )
-        if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-            onnxruntime.preload_dlls()  # finds the CUDA libraries that torch's packages bring
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _LOG_ERRORS_ONLY
+        if weights not in get_args(Weights):
+            raise UsageError("weights cannot run this way", found=weights, expected=", ".join(get_args(Weights)))
+        if weights == "native" and provider != "cpu":
+            raise UsageError("the native kernel is for the CPU", found=provider, remedy="take stored or expand weights")
+        if provider == "cuda" and hasattr(self._onnxruntime, "preload_dlls"):
+            self._onnxruntime.preload_dlls()  # finds the CUDA libraries that torch's packages bring
+        self.provider = provider
+        options = self._onnxruntime.SessionOptions()
+        options.log_severity_level = _LOG_ERRORS_ONLY  # it warns of every optional input
         try:
-            self.session = onnxruntime.InferenceSession(str(file), options, providers=[_PROVIDERS[provider]])
+            self.session = self._open(file, options, weights)
+        except (CheckpointError, UsageError):
+            raise
         except Exception as error:  # onnxruntime's own classes have no common base
             raise CheckpointError(
                 "onnxruntime cannot open the model", file=file, found=str(error).splitlines()[0][:300]
             ) from error
-        self.provider = provider
-        self._ortvalue = onnxruntime.OrtValue
+        if _PROVIDERS[provider] not in self.session.get_providers():  # onnxruntime goes on without it, and only warns
+            raise UsageError(
+                "onnxruntime could not start the provider",
+                found=", ".join(self.session.get_providers()),
+                expected=_PROVIDERS[provider],
+                remedy="check the GPU, its driver, and that onnxruntime-gpu finds the CUDA libraries it was built for",
+            )
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.manifest = Manifest.read(metadata, file) if "lora_deploy.precision" in metadata else None
         inputs = self.session.get_inputs()
         self.has_position_ids = any(node.name == "position_ids" for node in inputs)
         self._past = [node for node in inputs if node.name.startswith("past_key_values.")]
         self._outputs = [node.name for node in self.session.get_outputs()]
+
+    def _open(self, file: Path, options: Any, weights: Weights) -> Any:
+        providers = [_PROVIDERS[self.provider]]
+        if weights == "stored":
+            return self._onnxruntime.InferenceSession(str(file), options, providers=providers)
+        from lora_deploy.run.weights import ExpandedWeights, NativeWeights
+
+        # The graph comes from memory, the weights that are as they were from its folder.
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+        # Kept with the session: onnxruntime has no share in the memory of what it is given.
+        self._weights = NativeWeights(file, options) if weights == "native" else ExpandedWeights(file, options)
+        session = self._onnxruntime.InferenceSession(self._weights.graph, options, providers=providers)
+        if isinstance(self._weights, ExpandedWeights):
+            self._weights.release(session)
+        return session
 
     def empty_cache(self, batch: int) -> Cache:
         """A cache of length 0 for a batch."""
@@ -90,16 +129,30 @@ class OnnxSession:
             shape[0] = batch
             if node.type == "tensor(bfloat16)":
                 empty = np.zeros(shape, np.uint16)
-                cache[node.name] = self._ortvalue.ortvalue_from_numpy_with_onnx_type(empty, _ONNX_BFLOAT16)
+                cache[node.name] = self._onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(empty, _ONNX_BFLOAT16)
             else:
-                cache[node.name] = self._to_device(np.zeros(shape, _NUMPY_TYPES[node.type]))
+                cache[node.name] = self.upload(np.zeros(shape, _NUMPY_TYPES[node.type]))
         return cache
 
-    def _to_device(self, array: NDArray[Any]) -> Any:
-        return self._ortvalue.ortvalue_from_numpy(np.ascontiguousarray(array), self.provider, 0)
+    def upload(self, array: NDArray[Any]) -> Any:
+        """Copy an array to the device, once, as something that `forward` takes. On the CPU it stays where it is."""
+        ortvalue = self._onnxruntime.OrtValue
+        array = np.ascontiguousarray(array)
+        if array.dtype.name != "bfloat16":
+            return ortvalue.ortvalue_from_numpy(array, self.provider, 0)
+        host = ortvalue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _ONNX_BFLOAT16)
+        if self.provider == "cpu":
+            return host
+        device = ortvalue.ortvalue_from_shape_and_type(list(array.shape), _ONNX_BFLOAT16, self.provider, 0)
+        self._onnxruntime.copy_tensors([host], [device])
+        return device
 
     def forward(
-        self, input_ids: NDArray[np.int64], attention_mask: NDArray[np.int64], cache: Cache | None = None
+        self,
+        input_ids: NDArray[np.int64],
+        attention_mask: NDArray[np.int64],
+        cache: Cache | None = None,
+        adapter: Mapping[str, Any] | None = None,
     ) -> tuple[NDArray[np.float32], Cache]:
         """Run new tokens through the model.
 
@@ -107,31 +160,43 @@ class OnnxSession:
             input_ids: (batch, new).
             attention_mask: (batch, past + new), 1 for tokens and 0 for padding on either side.
             cache: What the last call returned; None to begin.
+            adapter: Optional inputs: A and B of the slots, or the adapters' ids of a pooled graph, uploaded. They are
+                bound as inputs, for onnxruntime ignores the active adapters of a run that has bindings.
 
         Returns:
             Logits, float32 (batch, new, vocabulary), and the cache with the new tokens. The cache stays on the device;
             rows of padding hold logits without meaning.
         """
         batch, new = input_ids.shape
-        feeds = {"input_ids": self._to_device(input_ids), "attention_mask": self._to_device(attention_mask)}
+        feeds = {"input_ids": self.upload(input_ids), "attention_mask": self.upload(attention_mask)}
         if self.has_position_ids:
             positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -new:]
-            feeds["position_ids"] = self._to_device(positions.astype(np.int64))
+            feeds["position_ids"] = self.upload(positions.astype(np.int64))
         feeds |= cache if cache is not None else self.empty_cache(batch)
         binding = self.session.io_binding()
-        for name, value in feeds.items():
+        for name, value in {**feeds, **(adapter or {})}.items():
             binding.bind_ortvalue_input(name, value)
         for name in self._outputs:
             binding.bind_output(name, "cpu" if name == "logits" else self.provider)
         self.session.run_with_iobinding(binding)
         outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
         present = {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
-        return _as_float32(present.pop("logits")), present
+        return numpy_of(present.pop("logits")).astype(np.float32, copy=False), present
 
 
-def _as_float32(value: Any) -> NDArray[np.float32]:
+def numpy_dtype(compute_dtype: str) -> np.dtype[Any]:
+    """numpy's type for "fp32", "fp16" or "bf16"."""
+    if compute_dtype == "bf16":
+        import ml_dtypes
+
+        return cast("np.dtype[Any]", np.dtype(ml_dtypes.bfloat16))
+    return np.dtype(np.float16 if compute_dtype == "fp16" else np.float32)
+
+
+def numpy_of(value: Any) -> NDArray[Any]:
+    """The values of an OrtValue on the CPU, also in bfloat16, which onnxruntime itself does not turn into an array."""
     if value.data_type() == "tensor(bfloat16)":
         from torch.utils import dlpack
 
-        return dlpack.from_dlpack(value).float().numpy()
-    return np.asarray(value.numpy(), np.float32)
+        return dlpack.from_dlpack(value).float().numpy().astype(numpy_dtype("bf16"))
+    return np.asarray(value.numpy())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel
 
 from lora_deploy.errors import OutputError, ParityError
+from lora_deploy.verify.codes import CodesResult
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,16 +43,23 @@ class CaseResult(BaseModel):
     """One case: the export, and the negative control, against the same reference.
 
     Attributes:
+        adapter: Name of the adapter, "no adapter", or "mixed"; empty where there is nothing to choose.
         name: What was run.
         export: The export against the twin.
         control: The base without its adapter against the export; None where there is no adapter.
         passed: Whether the export is within the tolerance.
     """
 
+    adapter: str = ""
     name: str
     export: Metrics
     control: Metrics | None
     passed: bool
+
+    @property
+    def label(self) -> str:
+        """What was run, with which adapter."""
+        return f"{self.adapter}: {self.name}" if self.adapter else self.name
 
 
 class ParityReport(BaseModel):
@@ -64,6 +72,7 @@ class ParityReport(BaseModel):
         cases: What was run.
         control_failed: Whether the base alone fails the gate, as it must; None where there is no adapter.
         passed: The gate.
+        codes: What the comparison of the codes found; None where no weight is kept as codes.
         bitsandbytes_gap: How far bitsandbytes' own forward is from the twin (8-bit bases: it quantizes activations).
         notes: What limits the check.
         versions: Versions of the libraries that ran.
@@ -75,6 +84,7 @@ class ParityReport(BaseModel):
     cases: list[CaseResult]
     control_failed: bool | None
     passed: bool
+    codes: CodesResult | None = None
     bitsandbytes_gap: Metrics | None = None
     notes: list[str] = []
     versions: dict[str, str] = {}
@@ -94,7 +104,7 @@ class ParityReport(BaseModel):
     def failures(self) -> str:
         """What does not hold, in one line; empty if the gate passes."""
         parts = [
-            f"{case.name}: max abs {case.export.max_abs:.3g}, KL {case.export.mean_kl:.3g}, "
+            f"{case.label}: max abs {case.export.max_abs:.3g}, KL {case.export.mean_kl:.3g}, "
             f"top-1 {case.export.top1:.2%}"
             for case in self.cases
             if not case.passed
@@ -140,7 +150,7 @@ class ParityReport(BaseModel):
         for case in self.cases:
             control = "" if case.control is None else f" | base alone: KL {case.control.mean_kl:.3g}"
             lines.append(
-                f"  {'ok  ' if case.passed else 'FAIL'} {case.name}: max abs {case.export.max_abs:.3g}, "
+                f"  {'ok  ' if case.passed else 'FAIL'} {case.label}: max abs {case.export.max_abs:.3g}, "
                 f"KL {case.export.mean_kl:.3g}, top-1 {case.export.top1:.2%}{control}"
             )
         return "\n".join(lines)
@@ -165,9 +175,9 @@ class ParityReport(BaseModel):
         ):
             justify: Literal["left", "right"] = "left" if heading in ("case", "") else "right"
             table.add_column(heading, footer, justify=justify, no_wrap=True)
-        for case in self.cases:
+        for case in self._rows():
             table.add_row(
-                case.name,
+                case.label,
                 f"{case.export.max_abs:.1e}",
                 f"{case.export.mean_kl:.1e}",
                 f"{case.export.top1:.1%}",
@@ -176,3 +186,30 @@ class ParityReport(BaseModel):
                 "ok" if case.passed else "FAIL",
             )
         return table
+
+    def _rows(self) -> list[CaseResult]:
+        """The cases; where there are adapters to choose from, one row each, with the worst of every metric."""
+        groups: dict[str, list[CaseResult]] = {}
+        for case in self.cases:
+            groups.setdefault(case.adapter, []).append(case)
+        return self.cases if len(groups) == 1 else [_worst(cases) for cases in groups.values()]
+
+
+def _worst(cases: list[CaseResult]) -> CaseResult:
+    """Several cases as one. The worst of a control is where it is closest to passing."""
+    exports = [case.export for case in cases]
+    controls = [case.control for case in cases if case.control is not None]
+    export = exports[0].model_copy(
+        update={
+            "max_abs": max(one.max_abs for one in exports),
+            "mean_kl": max(one.mean_kl for one in exports),
+            "top1": min(one.top1 for one in exports),
+        }
+    )
+    control = None
+    if controls:
+        lowest, highest = min(one.mean_kl for one in controls), max(one.top1 for one in controls)
+        control = controls[0].model_copy(update={"mean_kl": lowest, "top1": highest})
+    passed = all(case.passed for case in cases)
+    name = f"{cases[0].adapter}, worst of {len(cases)}"
+    return CaseResult(name=name, export=export, control=control, passed=passed)

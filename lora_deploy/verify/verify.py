@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import onnx_ir as ir
-
-from lora_deploy.adapter import read_adapter
+from lora_deploy.adapter import LoraAdapter, read_adapter
 from lora_deploy.errors import CheckpointError, InputError, UsageError
-from lora_deploy.export.merge import hash_adapter
+from lora_deploy.export.merge import drop_copies, hash_adapter
+from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, read_metadata
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.run.adapters import find_adapters
+from lora_deploy.run.session import Weights
 from lora_deploy.verify.parity import check_parity
 from lora_deploy.verify.report import ParityReport
 
@@ -24,22 +27,26 @@ def verify(
     directory: str | Path,
     *,
     model: str | Path | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Sequence[str] | Mapping[str, str | Path] | None = None,
     provider: str | None = None,
+    weights: Weights = "stored",
     on_progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> ParityReport:
-    """Compare an export with the base and the adapter it was made from, and write `parity.json` anew.
+    """Compare an export with the base and the adapters it was made from, and write `parity.json` anew.
 
     Args:
         directory: The export.
         model: The training base; None for the one the export names.
-        adapter: Directory of the adapter; None for the one the export names.
+        adapter: Which adapters to check, and where they are if they have moved or were converted later: a directory,
+            directories by name, or a list of "NAME" and "NAME=DIR". None for all that the export names.
         provider: "cpu" or "cuda"; None for the one it was made for.
+        weights: How weights that are kept as codes run, as `OnnxSession` takes it.
         on_progress: Is told the task, how much is done and of how much.
 
     Raises:
-        UsageError: There is no such provider.
-        InputError: The export is damaged, or the base or the adapter is not the one it was made from.
+        UsageError: There is no such provider, or adapter.
+        InputError: The export is damaged, or the base or an adapter is not the one it was made from.
+        ParityError: The codes in the export are not the base's.
     """
     directory = Path(directory)
     if provider not in (None, "cpu", "cuda"):
@@ -50,21 +57,74 @@ def verify(
     with _naming("--model"):
         base = TrainingBase(base_model, scheme)
     _expect(base.sha256(), entries["lora_deploy.base_sha256"], "base", base.directory, "--model")
-    lora = None
-    if "lora_deploy.adapter" in entries:
-        with _naming("--adapter"):
-            lora = read_adapter(adapter if adapter is not None else entries["lora_deploy.adapter"])
-        _expect(hash_adapter(lora), entries["lora_deploy.adapter_sha256"], "adapter", lora.source, "--adapter")
+    adapters = _read_adapters(directory, entries, adapter, base)
     report = check_parity(
         directory,
         base,
-        lora,
-        precision=entries["lora_deploy.precision"],
+        adapters,
         provider=provider or entries["lora_deploy.provider"],
+        weights=weights,
         on_progress=on_progress,
     )
     report.save(directory)
     return report
+
+
+def _read_adapters(
+    directory: Path,
+    entries: Mapping[str, str],
+    given: str | Path | Sequence[str] | Mapping[str, str | Path] | None,
+    base: TrainingBase,
+) -> dict[str, LoraAdapter]:
+    """The adapters to check: those that the export names, where they are now, and those that were added later."""
+    recorded: dict[str, dict[str, str]] = json.loads(entries.get("lora_deploy.adapters", "{}"))
+    manifest = Manifest.read(entries, directory / "model.onnx")
+    files = find_adapters(directory) if manifest.branch == "hot-swap" else {}
+    known = set(recorded) | set(files)
+    if given is None:
+        places: dict[str, str | Path | None] = dict.fromkeys(recorded)
+    elif isinstance(given, Mapping):
+        places = dict(given)
+    else:
+        texts = [given] if isinstance(given, (str, Path)) else given
+        places = dict(_name_and_place(text, recorded, known) for text in texts)
+    adapters = {}
+    for name, place in places.items():
+        if name not in known or (place is None and name not in recorded):
+            remedy = None if name not in known else f"say where it was trained: --adapter {name}=DIR"
+            raise UsageError(
+                "the export does not know this adapter", found=name, expected=", ".join(sorted(known)), remedy=remedy
+            )
+        if manifest.branch == "hot-swap" and name not in files:
+            raise CheckpointError(
+                "an adapter of the export is missing",
+                file=directory / ADAPTER_DIRECTORY / f"{name}{ADAPTER_SUFFIX}",
+                remedy="make it again with lora-deploy adapter convert",
+            )
+        with _naming(f"--adapter {name}=DIR" if manifest.branch else "--adapter"):
+            adapters[name] = drop_copies(read_adapter(recorded[name]["source"] if place is None else place), base)
+        if name in recorded:
+            found = hash_adapter(adapters[name])
+            _expect(found, recorded[name]["sha256"], "adapter", adapters[name].source, "--adapter")
+    return adapters
+
+
+def _name_and_place(
+    text: str | Path, recorded: Mapping[str, Any], known: Collection[str]
+) -> tuple[str, str | Path | None]:
+    """What "NAME", "NAME=DIR" or, where there is only one adapter, "DIR" means."""
+    name, separator, place = str(text).partition("=")
+    if separator and name in known:
+        return name, place
+    if str(text) in known and not Path(text).is_dir():
+        return str(text), None
+    if len(recorded) == 1:
+        return next(iter(recorded)), text
+    raise UsageError(
+        "it is not said which adapter this is",
+        found=text,
+        expected=f"NAME=DIR, with NAME of {', '.join(sorted(known))}",
+    )
 
 
 @contextmanager
@@ -92,13 +152,7 @@ def _expect(found: str, expected: str, what: str, file: str | Path, option: str)
 def _read_provenance(directory: Path) -> dict[str, str]:
     """The export's `metadata_props`, after its weights have been found whole."""
     file = directory / "model.onnx"
-    if not file.is_file():
-        raise CheckpointError("there is no exported model", file=file, remedy="make one with lora-deploy export")
-    try:
-        model = ir.load(file)
-    except Exception as error:
-        raise CheckpointError("the exported model is damaged", file=file, found=str(error)) from error
-    entries = dict(model.metadata_props)
+    entries = read_metadata(directory)
     if "lora_deploy.data_sha256" not in entries:
         raise CheckpointError("this model was not exported by lora-deploy", file=file)
     expected = entries["lora_deploy.data_sha256"]

@@ -34,8 +34,10 @@ def test_a_plan_knows_what_will_be_written_and_writes_nothing(
 ) -> None:
     plan = plan_export(checkpoint_dir(family), adapter_dir(family), tmp_path / "a" / "out", quantization="nf4")
     assert (plan.precision, plan.provider, plan.base.scheme.method) == ("fp32", "cpu", "nf4")
-    assert plan.adapter is not None
-    assert plan.record is None
+    assert plan.compute_dtype == "fp32"
+    assert plan.branch is None
+    assert len(plan.adapters) == 1
+    assert plan.records == {}
     assert not list(tmp_path.iterdir())
 
 
@@ -119,6 +121,6 @@ def test_a_tie_is_broken_where_the_adapter_breaks_it_and_nowhere_else(
         base, adapter_dir(family, target_modules=["lm_head", target]), tmp_path / "out", quantization="none"
     )
     for plan, heads in ((kept, {embedding}), (broken, {embedding, "lm_head.weight"})):
-        assert {name for name in plan.graph.sources if name in (embedding, "lm_head.weight")} == heads
+        assert {name for name in plan.lowered.graph.sources if name in (embedding, "lm_head.weight")} == heads
         assert plan.base.config.tie_word_embeddings is True
     assert tree(base) == before

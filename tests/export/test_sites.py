@@ -11,7 +11,8 @@ import onnxruntime
 import pytest
 
 from lora_deploy.export.graph import Segment, WeightSource, build_graph
-from lora_deploy.export.sites import find_sites, lower_dense, share_initializers
+from lora_deploy.export.lower import dense_product, lower_graph
+from lora_deploy.export.sites import LinearSite, find_sites, replace_site, share_initializers
 from lora_deploy.quantization.base import TrainingBase
 from tests.conftest import TINY_FAMILIES, CheckpointFactory
 from tests.export.conftest import ExportFactory
@@ -25,16 +26,21 @@ def test_every_linear_layer_is_found_and_none_is_transposed_after_lowering(
 ) -> None:
     base = TrainingBase(checkpoint_dir(family))
     shapes = {name: shape for name, shape in base.shapes.items() if name not in base.aliases}
-    graph = build_graph(base.config, shapes, precision="fp32", provider="cpu", file="config.json").model
-    sites = find_sites(graph)
+    graph = build_graph(base.config, shapes, precision="fp32", provider="cpu", file="config.json")
+    sites = find_sites(graph.model, graph.sources)
     # GPT-2's c_attn is three layers in the graph; the output head is one everywhere.
-    assert len(sites) == len(base.linears) + 1 + (2 * 2 if family == "gpt2" else 0)
-    lower_dense(graph, sites)
-    counts = Counter(node.op_type for node in graph.graph)
+    linears = [linear for site in sites for linear in site.linears]
+    assert len(linears) == len(base.linears) + 1 + (2 * 2 if family == "gpt2" else 0)
+    packed = ["attn.c_attn"] if family == "gpt2" else ["self_attn.q_proj+k_proj+v_proj", "mlp.gate_proj+up_proj"]
+    for name in packed:
+        assert len([site for site in sites if site.name.endswith(name)]) == 2
+    assert len(sites) == 2 * 4 + 1
+    model = lower_graph(graph, None, None).graph.model
+    counts = Counter(node.op_type for node in model.graph)
     assert counts["FusedMatMul"] == len(sites)
     assert counts["MatMul"] == counts["Transpose"] == 0
-    assert find_sites(graph) == []
-    assert graph.graph.opset_imports["com.microsoft"] == 1
+    assert find_sites(model, graph.sources) == []
+    assert model.graph.opset_imports["com.microsoft"] == 1
 
 
 def test_an_export_has_no_transposed_weight(tiny_export: ExportFactory) -> None:
@@ -55,6 +61,16 @@ def _linear(x: ir.Value, weight: ir.Value, name: str) -> tuple[list[ir.Node], ir
     return [transpose, matmul], matmul.outputs[0]
 
 
+def _sources(*names: str) -> dict[str, WeightSource]:
+    return {name: WeightSource((Segment(f"{name}.weight", range(4)),)) for name in names}
+
+
+def _lower_dense(model: ir.Model, sites: list[LinearSite], sources: dict[str, WeightSource]) -> None:
+    for site in sites:
+        replace_site(model, site, dense_product(model, site, sources))
+    model.graph.opset_imports["com.microsoft"] = 1
+
+
 def test_lowering_computes_the_same_also_where_two_layers_share_a_transposed_weight(tmp_path: Path) -> None:
     x = ir.val("x", dtype=FLOAT, shape=["batch", 4])
     weight, other = (ir.val(name, dtype=FLOAT, shape=(4, 4)) for name in ("w", "v"))
@@ -64,9 +80,11 @@ def test_lowering_computes_the_same_also_where_two_layers_share_a_transposed_wei
     third, y = _linear(second.outputs[0], other, "third")
     y.name = "y"
     model = _model([*nodes, second, *third], [weight, other], [x], [y])
-    sites = find_sites(model)
-    assert [site.weight.name for site in sites] == ["w", "w", "v"]
-    lower_dense(model, sites)
+    sources = _sources("w", "v")
+    sites = find_sites(model, sources)
+    assert [site.linears[0].weight.name for site in sites] == ["w", "w", "v"]
+    assert len({site.name for site in sites}) == 3
+    _lower_dense(model, sites, sources)
     assert [node.op_type for node in model.graph] == ["FusedMatMul"] * 3
     random = np.random.default_rng(0)
     arrays = {name: random.standard_normal((4, 4), np.float32) for name in ("w", "v")}
@@ -90,7 +108,7 @@ def test_a_product_that_is_no_linear_layer_is_left_alone() -> None:
     known, y = _linear(plain.outputs[0], constant, "known")
     nodes = [of_inputs, turned, of_turned_inputs, plain, *known]
     model = _model(nodes, [weight, constant], [x], [y])
-    assert find_sites(model) == []
+    assert find_sites(model, _sources("w", "c")) == []
 
 
 def test_initializers_of_the_same_source_become_one_and_others_stay() -> None:

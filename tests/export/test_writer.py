@@ -15,8 +15,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from lora_deploy.adapter import read_adapter
 from lora_deploy.errors import OutputError
 from lora_deploy.export import export_onnx, writer
+from lora_deploy.export.merge import hash_adapter
 from lora_deploy.export.writer import commit, staging_directory, write_data, write_model
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.run import OnnxSession
@@ -68,11 +70,10 @@ def test_the_model_says_what_it_was_made_of(tiny_export: ExportFactory) -> None:
     base, adapter, result = tiny_export("llama", "nf4", precision="fp16")
     entries = _metadata(result.output)
     assert {name.removeprefix("lora_deploy.") for name in entries} == {
-        "adapter",
-        "adapter_config",
-        "adapter_sha256",
+        "adapters",
         "base_model",
         "base_sha256",
+        "compute_dtype",
         "data_sha256",
         "mode",
         "precision",
@@ -81,12 +82,14 @@ def test_the_model_says_what_it_was_made_of(tiny_export: ExportFactory) -> None:
         "versions",
     }
     assert entries["lora_deploy.base_model"] == str(base)
-    assert entries["lora_deploy.adapter"] == str(adapter)
+    (described,) = json.loads(entries["lora_deploy.adapters"]).values()
+    assert described["source"] == str(adapter)
+    assert described["sha256"] == hash_adapter(read_adapter(adapter))
+    assert described["config"]["lora_alpha"] == 10
     assert entries["lora_deploy.base_sha256"] == TrainingBase(base).sha256()
     assert (entries["lora_deploy.mode"], entries["lora_deploy.precision"]) == ("merge", "fp16")
     assert entries["lora_deploy.provider"] == "cpu"
     assert json.loads(entries["lora_deploy.quantization"])["method"] == "nf4"
-    assert json.loads(entries["lora_deploy.adapter_config"])["lora_alpha"] == 10
     assert json.loads(entries["lora_deploy.versions"])["mobius-onnx"] == "0.1.0"
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from tests.commands import Command, Ended, command
 from tests.conftest import CheckpointFactory
-from tests.export.conftest import adapter_dir, tiny_export
+from tests.export.conftest import adapter_dir, branch_export, tiny_export
 
-__all__ = ["Place", "adapter_dir", "command", "place", "tiny_export"]
+__all__ = ["Place", "adapter_dir", "branch_export", "command", "place", "tiny_export"]
 
 
 class Place(NamedTuple):

@@ -59,8 +59,8 @@ def _cache_lost(patch: Patch) -> None:
     real: Callable[..., Any] = parity.OnnxSession.forward
     first: dict[int, Any] = {}
 
-    def forward(self: Any, ids: Any, mask: Any, cache: Any = None) -> Any:
-        logits, cache = real(self, ids, mask, cache)
+    def forward(self: Any, ids: Any, mask: Any, cache: Any = None, adapter: Any = None) -> Any:
+        logits, cache = real(self, ids, mask, cache, adapter)
         return (logits if ids.shape[1] > 1 else logits[:, ::-1] * 1.01), first.setdefault(0, cache) and cache
 
     patch.setattr(parity.OnnxSession, "forward", forward)

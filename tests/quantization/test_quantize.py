@@ -6,9 +6,10 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
+from lora_deploy.codes import FP4_CODE, NF4_CODE
 from lora_deploy.quantization import QuantizationScheme, quantize, quantized_weight
 from lora_deploy.quantization.quantize import _PIECE
-from lora_deploy.quantization.weight import FP4_CODE, NF4_CODE, DenseWeight
+from lora_deploy.quantization.weight import DenseWeight
 from tests.conftest import assert_same_weight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

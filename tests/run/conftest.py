@@ -10,13 +10,23 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lora_deploy.adapter import write_adapter
 from lora_deploy.export import export_onnx
 from tests.commands import command
-from tests.conftest import save_tiny
-from tests.export.conftest import adapter_dir, tiny_export
+from tests.conftest import random_adapter, save_tiny, tiny_model
+from tests.export.conftest import adapter_dir, branch_export, tiny_export
 from tests.train.conftest import CHATML
 
-__all__ = ["adapter_dir", "byte_tokenizer", "command", "talking", "talking_export", "tiny_export"]
+__all__ = [
+    "adapter_dir",
+    "branch_export",
+    "byte_tokenizer",
+    "command",
+    "talking",
+    "talking_branch",
+    "talking_export",
+    "tiny_export",
+]
 
 SPECIAL = ["<pad>", "<s>", "<|im_end|>", "<|im_start|>"]
 
@@ -51,6 +61,26 @@ def talking_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tu
             export_onnx(base, output=root / "out")
             made[family] = (base, root / "out")
         return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def talking_branch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`talking_branch(branch)`: a Llama with a tokenizer and the adapters "a" and "b", made once. Do not change it."""
+    made: dict[str, Path] = {}
+    root = tmp_path_factory.mktemp("branch-talks")
+    base = save_tiny("llama", "none", root / "base", vocab_size=260)
+    byte_tokenizer().save_pretrained(base)
+    adapters: dict[str, str | Path] = {"a": root / "a", "b": root / "b"}
+    for seed, directory in enumerate(adapters.values(), start=1):
+        write_adapter(random_adapter(tiny_model("llama", vocab_size=260), r=4 * seed, seed=seed), Path(directory))
+
+    def make(branch: str = "hot-swap") -> Path:
+        if branch not in made:
+            options = {"merge": False, "branch": branch, "quantization": "nf4", "verify": False}
+            made[branch] = export_onnx(base, adapters, output=root / branch, **options).output  # type: ignore[arg-type]
+        return made[branch]
 
     return make
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora_deploy.run.generate import choose_token
+from lora_deploy.run.sampling import choose_token
 
 # Out of order, so that a position is no rank.
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.3, 0.15])

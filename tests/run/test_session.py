@@ -99,7 +99,7 @@ def test_a_provider_that_is_not_there_is_an_error_of_usage(
     kind: Callable[..., object], provider: str, talking_export: Callable[..., tuple[Path, Path]]
 ) -> None:
     with pytest.raises(UsageError, match="does not have this provider") as caught:
-        kind(talking_export()[1], provider)
+        kind(talking_export()[1], provider=provider)
     assert "CPUExecutionProvider" in caught.value.details["found"]
     assert "lora-deploy[gpu]" in caught.value.details["remedy"]
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from tests.commands import command
-from tests.export.conftest import adapter_dir, tiny_export
+from tests.export.conftest import adapter_dir, branch_export, tiny_export
 
-__all__ = ["adapter_dir", "command", "tiny_export"]
+__all__ = ["adapter_dir", "branch_export", "command", "tiny_export"]

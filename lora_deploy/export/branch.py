@@ -1,0 +1,163 @@
+"""The adapter as a branch beside the base: Add(base, MatMul(MatMul(x, A), B)), with the scaling folded into B."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+import torch
+
+from lora_deploy.adapter import LoraAdapter
+from lora_deploy.adapter.packing import cast_branch, pack_slot, packed_rank
+from lora_deploy.export.sites import LinearSite, Product
+from lora_deploy.manifest import Slot, SlotPart
+
+__all__ = ["ADAPTER_IDS", "AdapterChoice", "add_branch", "add_slot_inputs", "make_slot", "stream_branches"]
+
+ADAPTER_IDS = "adapter_ids"
+
+
+def make_slot(site: LinearSite, modules: Mapping[str, str]) -> Slot:
+    """The slot of a site.
+
+    Args:
+        site: The linear layers.
+        modules: Names of layers that share their weight with another (a tied head), by that other's name.
+    """
+    parts = []
+    for segment in site.source.segments:
+        module = segment.parameter.removesuffix(".weight")
+        module = modules.get(module, module)
+        if isinstance(segment.rows, range):
+            parts.append(SlotPart(module=module, rows=(segment.rows.start, segment.rows.stop)))
+        else:
+            parts.append(SlotPart(module=module, rows=segment.rows, in_order=False))
+    outputs, inputs = site.shape
+    own = site.name.removesuffix(".weight")
+    return Slot(name=modules.get(own, own), inputs=inputs, outputs=outputs, parts=tuple(parts))
+
+
+class AdapterChoice:
+    """`adapter_ids` (batch,): which adapter of the pool each row runs with; -1, the default, for none.
+
+    Every row goes through the A of all adapters side by side, and what does not belong to it is masked out before B.
+    Against gathering each row's own A and B this reads every adapter once and copies none.
+
+    Args:
+        model: The graph; gets the input.
+        count: Adapters in the pool.
+        dtype: Of the computation.
+    """
+
+    def __init__(self, model: ir.Model, count: int, dtype: ir.DataType) -> None:
+        self.model, self.count, self.dtype = model, count, dtype
+        self.masks: dict[int, ir.Value] = {}
+        self.nodes: list[ir.Node] = []
+        none = ir.Tensor(torch.full((1,), -1, dtype=torch.int64).numpy(), name=ADAPTER_IDS)
+        self.input = ir.val(ADAPTER_IDS, const_value=none)
+        model.graph.register_initializer(self.input)
+        self.input.shape = ir.Shape(["adapter_batch"])
+        model.graph.inputs.append(self.input)
+
+    def mask(self, rank: int) -> ir.Value:
+        """(batch, 1, count * rank) of ones and zeros."""
+        if rank not in self.masks:
+            if not self.nodes:
+                axes = self._constant("adapter_axes", torch.tensor([1, 2]))
+                self.nodes.append(ir.node("Unsqueeze", [self.input, axes], name="adapter_ids.unsqueeze"))
+            owners = torch.arange(self.count).repeat_interleave(rank)
+            owner = self._constant(f"adapter_owner_{rank}", owners[None, None])
+            equal = ir.node("Equal", [self.nodes[0].outputs[0], owner], name=f"adapter_mask_{rank}.equal")
+            cast = ir.node("Cast", equal.outputs, attributes={"to": int(self.dtype)}, name=f"adapter_mask_{rank}")
+            self.nodes += [equal, cast]
+            self.masks[rank] = cast.outputs[0]
+        return self.masks[rank]
+
+    def place(self) -> None:
+        """Put the masks' nodes at the beginning of the graph, once all sites have asked for theirs."""
+        self.model.graph.insert_before(self.model.graph[0], self.nodes)
+
+    def _constant(self, name: str, values: torch.Tensor) -> ir.Value:
+        value = ir.val(name, const_value=ir.Tensor(values.numpy(), name=name))
+        self.model.graph.register_initializer(value)
+        return value
+
+
+def add_branch(
+    model: ir.Model, site: LinearSite, slot: Slot, base: Product, rank: int | None, choice: AdapterChoice | None
+) -> Product:
+    """The base's product with the slot's branch added.
+
+    Args:
+        model: The graph; gets A and B as initializers that wait for their values.
+        site: The linear layers.
+        slot: Their slot.
+        base: Their product.
+        rank: Of the branch; None for a slot whose rank each adapter decides: the initializers then have rank 0.
+        choice: Of a pooled graph.
+    """
+    dtype = site.linears[0].weight.dtype
+    count = choice.count if choice else 1
+    width = (rank or 0) * count
+    shapes = ((slot.inputs, width), (width, slot.outputs))
+    a, b = (ir.val(name, dtype=dtype, shape=shape) for name, shape in zip(slot.input_names, shapes, strict=True))
+    for value in (a, b):
+        model.graph.initializers[str(value.name)] = value
+    down = ir.node("MatMul", [site.input, a], name=f"{slot.name}.lora_A")
+    nodes = [*base.nodes, down]
+    hidden = down.outputs[0]
+    if choice is not None:
+        nodes.append(ir.node("Mul", [hidden, choice.mask(rank or 0)], name=f"{slot.name}.lora_mask"))
+        hidden = nodes[-1].outputs[0]
+    up = ir.node("MatMul", [hidden, b], name=f"{slot.name}.lora_B")
+    add = ir.node("Add", [base.output, up.outputs[0]], name=f"{slot.name}.lora_add")
+    return Product((*nodes, up, add), add.outputs[0])
+
+
+def add_slot_inputs(model: ir.Model, slots: Sequence[Slot]) -> None:
+    """Make A and B of every slot optional inputs of the graph; call it after every pass that might strip them.
+
+    Their initializers, of rank 0, are what they are when nothing is given: x @ A @ B is then zero, exactly.
+    """
+    for slot in slots:
+        rank = f"{slot.name}.rank"
+        shapes: tuple[list[int | str], ...] = ([slot.inputs, rank], [rank, slot.outputs])
+        for name, shape in zip(slot.input_names, shapes, strict=True):
+            value = model.graph.initializers[name]
+            empty = torch.empty([size if isinstance(size, int) else 0 for size in shape], dtype=_torch_dtype(value))
+            value.const_value = ir.tensor_adapters.TorchTensor(empty, name=name)
+            value.shape = ir.Shape(shape)
+            model.graph.inputs.append(value)
+
+
+def _torch_dtype(value: ir.Value) -> torch.dtype:
+    assert value.dtype is not None
+    return ir.tensor_adapters.to_torch_dtype(value.dtype)
+
+
+def stream_branches(
+    slots: Sequence[Slot], adapters: Sequence[LoraAdapter], compute_dtype: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A and B of every slot: of one adapter, or of several side by side, each padded to the largest rank.
+
+    Args:
+        slots: Those of the graph.
+        adapters: In the order of their ids.
+        compute_dtype: Of the graph: "fp32", "fp16" or "bf16".
+
+    Yields:
+        Name of the initializer and its values.
+
+    Raises:
+        AdapterError: A value is not finite in that type.
+    """
+    for slot in slots:
+        rank = max(packed_rank(slot, adapter) for adapter in adapters)
+        a = torch.zeros(slot.inputs, len(adapters) * rank)
+        b = torch.zeros(len(adapters) * rank, slot.outputs)
+        for number, adapter in enumerate(adapters):
+            one_a, one_b = pack_slot(slot, adapter)
+            start, end = number * rank, number * rank + one_a.shape[1]
+            a[:, start:end], b[start:end] = one_a, one_b
+        for name, values in zip(slot.input_names, (a, b), strict=True):
+            yield name, cast_branch(values, compute_dtype, name, adapters[0].source)

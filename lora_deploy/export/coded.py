@@ -1,0 +1,314 @@
+"""Linear layers whose weight stays as codes in the graph: the training base's own, bit for bit, or 8-bit ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+
+from lora_deploy.codes import FP4_CODE, NF4_CODE
+from lora_deploy.export.graph import Segment, WeightSource
+from lora_deploy.export.sites import LinearSite, Product, matmul_transposed
+from lora_deploy.manifest import CodedWeight, StoredModule
+from lora_deploy.quantization import QuantizedWeight
+from lora_deploy.quantization.affine import affine_blocksize, to_affine8
+from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.quantization.hashes import hash_tensors
+from lora_deploy.quantization.weight import Blockwise4BitWeight, Int8Weight
+
+__all__ = ["CodedBase", "decode", "encode", "stream_codes"]
+
+_LARGEST_BNB4_BLOCK = 256  # of MatMulBnb4; a larger block's absmax is repeated, which changes no value
+
+
+@dataclass(frozen=True)
+class CodedBase:
+    """How the products of a quantized base are built.
+
+    Attributes:
+        base: The training base.
+        precision: What the codes become: the base's own scheme, or "int8".
+        expand: Dequantize by standard operators, which onnxruntime folds when it opens the model.
+        dtype: Of the computation.
+        accuracy_level: MatMulNBits' (0: activations stay float; 4: they are rounded to int8).
+        whole: Layers that an adapter trained whole: their codes are not what was trained any more.
+    """
+
+    base: TrainingBase
+    precision: str
+    expand: bool
+    dtype: ir.DataType
+    accuracy_level: int = 0
+    whole: frozenset[str] = frozenset()
+
+    def scheme_of(self, module: str) -> str:
+        """ "nf4", "fp4", "int8", or "none" for a layer whose weight is not kept as codes."""
+        layer = self.base.linears.get(module)
+        if layer is None or module in self.whole:
+            return "none"
+        own = self.base.scheme.method if self.base.holds_codes(module) else "none"
+        return self.precision if own != "none" else "none"
+
+    def product(
+        self, model: ir.Model, site: LinearSite, sources: dict[str, WeightSource]
+    ) -> tuple[Product, list[CodedWeight]]:
+        """The site's product, from whole layers in the order in which the site first names them.
+
+        Layers of one scheme whose codes end with a block are one product; the rest is put side by side, and rows that a
+        checkpoint stores in another order are picked out afterwards. The codes themselves never move.
+
+        Args:
+            model: The graph; gets the initializers.
+            site: The linear layers.
+            sources: Gets the sources of the weights that are dense.
+        """
+        parameters = list(dict.fromkeys(segment.parameter for segment in site.source.segments))
+        nodes: list[ir.Node] = []
+        outputs: list[ir.Value] = []
+        coded: list[CodedWeight] = []
+        for run in self._runs(parameters):
+            if self.scheme_of(_module(run[0])) == "none":
+                product = self._dense(model, site, run[0], sources)
+            else:
+                weight, product = self._coded(model, site, [_module(name) for name in run], whole=run == parameters)
+                coded.append(weight)
+            nodes += product.nodes
+            outputs.append(product.output)
+        if len(outputs) > 1:
+            nodes.append(ir.node("Concat", outputs, attributes={"axis": -1}, name=f"{site.name}.concat"))
+            outputs = list(nodes[-1].outputs)
+        order = self._order(parameters, site.source.segments)
+        if order is not None:
+            index = _constant(model, f"{site.name}.order", order)
+            nodes.append(ir.node("Gather", [outputs[0], index], attributes={"axis": -1}, name=f"{site.name}.rows"))
+            outputs = list(nodes[-1].outputs)
+        return Product(tuple(nodes), outputs[0]), coded
+
+    def _runs(self, parameters: list[str]) -> list[list[str]]:
+        """Neighbours whose codes can be one initializer."""
+        runs: list[list[str]] = []
+        for name in parameters:
+            module = _module(name)
+            last = _module(runs[-1][-1]) if runs else None
+            if last is not None and self.scheme_of(module) == self.scheme_of(last) != "none" and self._ends_whole(last):
+                runs[-1].append(name)
+            else:
+                runs.append([name])
+        return runs
+
+    def _ends_whole(self, module: str) -> bool:
+        rows, columns = self.base.linears[module].shape
+        if self.scheme_of(module) == "int8":
+            return True
+        return rows * columns % self._blocksize(module) == 0
+
+    def _blocksize(self, module: str) -> int:
+        """Of the initializers: asked of the layer itself, for a checkpoint's blocks may not be the scheme's default."""
+        columns = self.base.linears[module].shape[1]
+        if self.scheme_of(module) != "int8":
+            blocksize = self.base.blocksize(module)
+            return blocksize if self.expand else min(blocksize, _LARGEST_BNB4_BLOCK)
+        own = self.base.scheme.method
+        if self.expand:
+            return columns
+        return affine_blocksize(own, columns, self.base.blocksize(module) if own != "int8" else 0)
+
+    def _order(self, parameters: list[str], segments: Sequence[Segment]) -> list[int] | None:
+        """Where each output of the site is among those of the whole layers; None where they are in place."""
+        starts, total = {}, 0
+        for name in parameters:
+            starts[name] = total
+            total += self._rows(name)
+        order = [starts[segment.parameter] + row for segment in segments for row in segment.rows]
+        return None if order == list(range(total)) else order
+
+    def _rows(self, parameter: str) -> int:
+        layer = self.base.linears.get(_module(parameter))
+        return layer.shape[0] if layer else self.base.shapes[parameter][0]
+
+    def _dense(self, model: ir.Model, site: LinearSite, parameter: str, sources: dict[str, WeightSource]) -> Product:
+        shape = (self._rows(parameter), site.shape[1])
+        name = f"{site.name}.{parameter}"
+        weight = ir.val(name, dtype=self.dtype, shape=shape)
+        model.graph.initializers[name] = weight
+        sources[name] = WeightSource((Segment(parameter, range(shape[0])),), site.source.transposed)
+        return matmul_transposed(site.input, weight, f"{name}.product")
+
+    def _coded(
+        self, model: ir.Model, site: LinearSite, modules: list[str], *, whole: bool
+    ) -> tuple[CodedWeight, Product]:
+        scheme = cast(Literal["nf4", "fp4", "int8"], self.scheme_of(modules[0]))
+        operator: Literal["MatMulBnb4", "MatMulNBits", "expand"]
+        operator = "expand" if self.expand else "MatMulNBits" if scheme == "int8" else "MatMulBnb4"
+        name = site.name if whole else f"{site.name}.{modules[0]}"
+        weight = CodedWeight(
+            operator=operator,
+            scheme=scheme,
+            blocksize=self._blocksize(modules[0]),
+            codes=f"{name}.weight.codes",
+            scales=f"{name}.weight.{'scales' if scheme == 'int8' else 'absmax'}",
+            output=f"{name}.weight" if self.expand else f"{name}.product",
+            modules=tuple(StoredModule(name=module, shape=self.base.linears[module].shape) for module in modules),
+            exact=scheme == self.base.scheme.method,
+            accuracy_level=self.accuracy_level if operator == "MatMulNBits" else 0,
+        )
+        codes_shape, scales_shape = _shapes(weight)
+        is_signed = operator == "expand" and scheme == "int8"
+        codes = ir.val(weight.codes, dtype=ir.DataType.INT8 if is_signed else ir.DataType.UINT8, shape=codes_shape)
+        scales_dtype = ir.DataType.FLOAT if self.expand else self.dtype
+        scales = ir.val(weight.scales, dtype=scales_dtype, shape=scales_shape)
+        for value in (codes, scales):
+            model.graph.initializers[str(value.name)] = value
+        if self.expand:
+            return weight, _expand(model, site.input, codes, scales, weight, self.dtype)
+        return weight, self._operator(site.input, codes, scales, weight)
+
+    def _operator(self, x: ir.Value, codes: ir.Value, scales: ir.Value, weight: CodedWeight) -> Product:
+        rows, columns = weight.shape
+        attributes = {"N": rows, "K": columns, "block_size": weight.blocksize}
+        if weight.operator == "MatMulBnb4":
+            attributes["quant_type"] = int(weight.scheme == "nf4")
+        else:
+            attributes |= {"bits": 8, "accuracy_level": self.accuracy_level}
+        node = ir.node(
+            weight.operator, [x, codes, scales], attributes=attributes, domain="com.microsoft", name=weight.output
+        )
+        node.outputs[0].name = weight.output
+        return Product((node,), node.outputs[0])
+
+
+def _module(parameter: str) -> str:
+    return parameter.removesuffix(".weight")
+
+
+def _constant(model: ir.Model, name: str, values: Sequence[int] | torch.Tensor) -> ir.Value:
+    """A small constant, shared by name."""
+    if name not in model.graph.initializers:
+        tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.int64)
+        value = ir.val(name, const_value=ir.Tensor(tensor.numpy(), name=name))
+        model.graph.register_initializer(value)
+    return model.graph.initializers[name]
+
+
+def _shapes(weight: CodedWeight) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the initializers for codes and scales."""
+    rows, columns = weight.shape
+    if weight.scheme == "int8":
+        if weight.operator == "expand":
+            return (rows, columns), (rows, 1)
+        blocks = -(-columns // weight.blocksize)
+        return (rows, blocks, weight.blocksize), (rows * blocks,)
+    blocks = -(-rows * columns // weight.blocksize)
+    if weight.operator == "expand":
+        return (blocks * weight.blocksize // 2,), (blocks, 1)
+    return (-(-rows * columns // 2),), (blocks,)
+
+
+def _expand(
+    model: ir.Model, x: ir.Value, codes: ir.Value, scales: ir.Value, weight: CodedWeight, dtype: ir.DataType
+) -> Product:
+    """The weight by standard operators, in float32 as bitsandbytes has it, then x @ W.T."""
+    rows, columns = weight.shape
+    nodes: list[ir.Node] = []
+
+    def add(op_type: str, inputs: list[ir.Value], **attributes: int | list[int]) -> ir.Value:
+        nodes.append(ir.node(op_type, inputs, attributes=attributes, name=f"{weight.output}.{op_type}_{len(nodes)}"))
+        return nodes[-1].outputs[0]
+
+    if weight.scheme == "int8":
+        values = add("Mul", [add("Cast", [codes], to=int(ir.DataType.FLOAT)), scales])
+    else:
+        table = _constant(model, f"{weight.scheme}_pairs", _pairs(weight.scheme))
+        pairs = add("Gather", [table, add("Cast", [codes], to=int(ir.DataType.INT32))])
+        shape = _constant(model, f"blocks_of_{weight.blocksize}", [-1, weight.blocksize])
+        values = add("Mul", [add("Reshape", [pairs, shape]), scales])
+        if rows * columns % weight.blocksize:
+            flat = add("Reshape", [values, _constant(model, "flat", [-1])])
+            end = _constant(model, f"end_{rows * columns}", [rows * columns])
+            values = add("Slice", [flat, _constant(model, "start_0", [0]), end])
+        values = add("Reshape", [values, _constant(model, f"shape_{rows}_{columns}", [rows, columns])])
+    if dtype != ir.DataType.FLOAT:
+        values = add("Cast", [values], to=int(dtype))
+    values.name, values.type, values.shape = weight.output, ir.TensorType(dtype), ir.Shape((rows, columns))
+    product = add("MatMul", [x, add("Transpose", [values], perm=[1, 0])])
+    return Product(tuple(nodes), product)
+
+
+def _pairs(scheme: str) -> torch.Tensor:
+    """float32 (256, 2): the two values that a byte of codes stands for."""
+    code = torch.tensor(NF4_CODE if scheme == "nf4" else FP4_CODE)
+    byte = torch.arange(256)
+    return torch.stack([code[byte >> 4], code[byte & 15]], dim=1)
+
+
+def encode(weight: QuantizedWeight, coded: CodedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of one layer as the initializers hold them, flat; scales in float32.
+
+    Args:
+        weight: The layer's weight.
+        coded: What it becomes.
+    """
+    if coded.scheme == "int8":
+        if coded.operator == "expand" and isinstance(weight, Int8Weight):
+            return weight.codes.reshape(-1), weight.row_absmax.float() / 127
+        affine = to_affine8(weight)
+        return affine.packed().reshape(-1), affine.scales.reshape(-1)
+    assert isinstance(weight, Blockwise4BitWeight)
+    repeat = weight.blocksize // coded.blocksize
+    absmax = weight.absmax if repeat == 1 else weight.absmax.repeat_interleave(repeat)
+    count = weight.shape[0] * weight.shape[1]
+    return weight.codes, absmax[: -(-count // coded.blocksize)]
+
+
+def decode(codes: torch.Tensor, scales: torch.Tensor, coded: CodedWeight, shape: tuple[int, int]) -> torch.Tensor:
+    """The float32 values (out, in) of one layer from what the initializers hold.
+
+    Args:
+        codes: The layer's, flat.
+        scales: The layer's, flat.
+        coded: Where they are.
+        shape: (out, in).
+    """
+    rows, columns = shape
+    scales = scales.float()
+    if coded.scheme != "int8":
+        return Blockwise4BitWeight(codes, scales, shape, coded.scheme, coded.blocksize).dequantize()
+    if coded.operator == "expand":
+        return codes.view(shape).float() * scales[:, None]
+    values = (codes.float() - 128).view(rows, -1, coded.blocksize) * scales.view(rows, -1, 1)
+    return values.view(rows, -1)[:, :columns].contiguous()
+
+
+def stream_codes(
+    model: ir.Model, coded: Sequence[CodedWeight], base: TrainingBase, hashes: dict[str, str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Codes and scales of every product, those of one at a time.
+
+    Args:
+        model: The graph; tells the types.
+        coded: The products.
+        base: The training base.
+        hashes: Gets the hash of each layer's quantized weight, by name.
+
+    Yields:
+        Name of the initializer and its values.
+    """
+    for weight in coded:
+        parts = []
+        for module in weight.modules:
+            stored = base.weight(module.name)
+            hashes[module.name] = hash_tensors(iter([(module.name, list(stored.stored()))]))
+            parts.append(encode(stored, weight))
+        codes_shape, scales_shape = _shapes(weight)
+        codes, scales = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
+        del parts
+        size = 1
+        for length in codes_shape:
+            size *= length
+        yield weight.codes, F.pad(codes, (0, size - codes.numel())).view(codes_shape)
+        dtype = ir.tensor_adapters.to_torch_dtype(cast(ir.DataType, model.graph.initializers[weight.scales].dtype))
+        yield weight.scales, scales.to(dtype).view(scales_shape)

@@ -1,0 +1,165 @@
+"""What an export can be asked for, and which options go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from lora_deploy.adapter import TrainingRecord
+from lora_deploy.errors import AdapterError, UsageError
+from lora_deploy.export.onnx_adapter import check_name
+from lora_deploy.manifest import BranchKind
+from lora_deploy.quantization import QuantizationScheme
+from lora_deploy.quantization.base import TrainingBase
+
+__all__ = [
+    "ComputeDtype",
+    "Precision",
+    "Provider",
+    "check_accuracy_level",
+    "check_branch",
+    "check_precision",
+    "check_provider",
+    "choose_types",
+    "training_scheme",
+]
+
+Precision = Literal["fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
+ComputeDtype = Literal["fp32", "fp16", "bf16"]
+Provider = Literal["cpu", "cuda"]
+
+
+def check_provider(provider: str) -> Provider:
+    if provider not in get_args(Provider):
+        raise UsageError("there is no such provider", found=provider, expected=" or ".join(get_args(Provider)))
+    return cast(Provider, provider)
+
+
+def check_branch(branch: str | None, named: Mapping[str, Path]) -> BranchKind | None:
+    for name in named if branch not in (None, "fixed") else ():
+        check_name(name)
+    if branch is None:
+        if len(named) > 1:
+            raise UsageError(
+                "only one adapter can be merged", found=", ".join(named), remedy="add --branch, or give one --adapter"
+            )
+        return None
+    if branch not in get_args(BranchKind):
+        raise UsageError("there is no such branch", found=branch, expected=", ".join(get_args(BranchKind)))
+    if branch == "fixed" and len(named) != 1:
+        raise UsageError(
+            "a fixed branch is of one adapter", found=", ".join(named) or "none", remedy="give one --adapter"
+        )
+    if branch == "pooled" and not named:
+        raise UsageError("a pool needs adapters", remedy="give one --adapter NAME=DIR or more")
+    return cast(BranchKind, branch)
+
+
+def check_precision(precision: str | None, branch: str | None, provider: Provider) -> None:
+    """What can be said before the base is looked at."""
+    allowed = get_args(ComputeDtype) if branch is None else get_args(Precision)
+    if precision is not None and precision not in allowed:
+        raise UsageError(
+            "there is no such precision" if precision not in get_args(Precision) else "this precision needs --branch",
+            found=precision,
+            expected=", ".join(allowed),
+        )
+    _refuse_bf16_on_cpu(precision, provider)
+
+
+def _refuse_bf16_on_cpu(dtype: str | None, provider: str) -> None:
+    if dtype == "bf16" and provider == "cpu":
+        raise UsageError(
+            "onnxruntime's CPU provider has no bfloat16 kernels",
+            found="bf16 with --provider cpu",
+            remedy="take fp32 or fp16, or --provider cuda",
+        )
+
+
+def choose_types(
+    base: TrainingBase,
+    precision: str | None,
+    compute_dtype: str | None,
+    branch: BranchKind | None,
+    provider: Provider,
+    expand: bool,
+) -> tuple[Precision, ComputeDtype]:
+    """Type of the weights and of the computation."""
+    default: ComputeDtype = "fp16" if provider == "cuda" else "fp32"
+    own = base.scheme.method
+    if precision is None:
+        precision = own if branch is not None and own != "none" else compute_dtype or default
+    if compute_dtype not in (None, *get_args(ComputeDtype)):
+        raise UsageError(
+            "there is no such type to compute in", found=compute_dtype, expected=", ".join(get_args(ComputeDtype))
+        )
+    _refuse_bf16_on_cpu(compute_dtype, provider)
+    if precision in get_args(ComputeDtype):
+        if compute_dtype not in (None, precision):
+            raise UsageError(
+                "a graph computes in the type of its float weights",
+                found=f"--precision {precision} --compute-dtype {compute_dtype}",
+                remedy="leave --compute-dtype out",
+            )
+        compute_dtype = precision
+    elif own == "none" or precision not in (own, "int8"):
+        raise UsageError(
+            "the base was not trained in this precision, and to quantize it anew would lose what was learnt",
+            found=f"--precision {precision}, of a base in {own}",
+            expected=", ".join(dict.fromkeys([*([] if own == "none" else [own, "int8"]), *get_args(ComputeDtype)])),
+            remedy="leave --precision out",
+        )
+    if expand and precision != own:
+        raise UsageError(
+            "only the base's own codes can be expanded",
+            found=f"--precision {precision} --expand, of a base in {own}",
+            remedy="leave --expand or --precision out",
+        )
+    return cast(Precision, precision), cast(ComputeDtype, compute_dtype or default)
+
+
+def check_accuracy_level(level: int, precision: Precision, expand: bool) -> None:
+    if level not in (0, 4):
+        raise UsageError("there is no such accuracy level", found=level, expected="0 or 4")
+    if level and (precision != "int8" or expand):
+        raise UsageError(
+            "only products of int8 codes have an accuracy level",
+            found=f"--accuracy-level {level} --precision {precision}{' --expand' if expand else ''}",
+            remedy="leave --accuracy-level out, or add --branch --precision int8",
+        )
+
+
+def training_scheme(
+    quantization: str, double_quant: bool, records: Mapping[str, TrainingRecord]
+) -> QuantizationScheme | None:
+    """The scheme of training: asked for, or recorded by all adapters alike."""
+    if quantization not in ("auto", "none", "nf4", "fp4", "int8"):
+        raise UsageError("there is no such quantization", found=quantization, expected="auto, none, nf4, fp4 or int8")
+    first = next(iter(records), None)
+    recorded = records[first].quantization if first is not None else None
+    for name, record in records.items():
+        if record.quantization != recorded:
+            raise AdapterError(
+                "the adapters were trained on bases of different quantizations",
+                tensor=name,
+                found=record.quantization,
+                expected=f"{recorded}, as {first}",
+                remedy="export them apart",
+            )
+    method = recorded.method if recorded else "none"
+    asked = QuantizationScheme(
+        method=method if quantization == "auto" else cast(Literal["none", "nf4", "fp4", "int8"], quantization),
+        double_quant=double_quant,
+    )
+    # Double quantization is the default, so only asking for none can contradict the record.
+    if recorded and (
+        recorded.method != asked.method or (asked.is_4bit and recorded.double_quant and not asked.double_quant)
+    ):
+        raise AdapterError(
+            "the adapter was trained on a base of another quantization than the one asked for",
+            found=asked,
+            expected=recorded,
+            remedy="leave --quantization and --no-double-quant out",
+        )
+    return recorded or (None if quantization == "auto" else asked)

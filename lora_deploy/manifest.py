@@ -1,0 +1,246 @@
+"""What an export says of itself in the `metadata_props` of its graph, beyond single words.
+
+Read by `verify`, by `adapter convert` and by the run time, so it depends on nothing heavy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from lora_deploy.errors import CheckpointError
+
+__all__ = [
+    "ADAPTER_DIRECTORY",
+    "ADAPTER_SUFFIX",
+    "BranchKind",
+    "CodedWeight",
+    "Manifest",
+    "Slot",
+    "SlotPart",
+    "StoredModule",
+    "read_metadata",
+]
+
+BranchKind = Literal["fixed", "hot-swap", "pooled"]
+
+# Where an export keeps the adapters that it can be given: adapters/NAME.onnx_adapter.
+ADAPTER_DIRECTORY, ADAPTER_SUFFIX = "adapters", ".onnx_adapter"
+
+_PREFIX = "lora_deploy."
+
+
+def read_metadata(directory: str | Path) -> dict[str, str]:
+    """The `metadata_props` of an export's graph.
+
+    Raises:
+        CheckpointError: There is none, or it is damaged.
+    """
+    import onnx_ir as ir
+
+    file = Path(directory) / "model.onnx"
+    if not file.is_file():
+        raise CheckpointError("there is no exported model", file=file, remedy="make one with lora-deploy export")
+    try:
+        return dict(ir.load(file).metadata_props)
+    except Exception as error:  # what protobuf and onnx_ir raise has no common base
+        raise CheckpointError("the exported model is damaged", file=file, found=str(error)) from error
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoredModule(_Entry):
+    """One linear layer whose quantized weight is in the graph.
+
+    Attributes:
+        name: In the transformers model.
+        shape: (out, in).
+        sha256: Of the layer's own codes and scales (`lora_deploy.export.coded.hash_module`).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    sha256: str = ""
+
+
+class CodedWeight(_Entry):
+    """One matrix product of the graph whose weight is kept as codes.
+
+    Attributes:
+        operator: "MatMulBnb4", "MatMulNBits", or "expand": standard operators that onnxruntime folds to a float weight.
+        scheme: What the codes are: "nf4", "fp4" or "int8".
+        blocksize: Weights that share one scale; of "int8" rows that are expanded, a whole row.
+        codes: The initializer that holds them.
+        scales: The initializer that holds the absmax of each block (4 bits) or the factor on its codes (8 bits).
+        output: The value that the product gives, or, expanded, the float weight (out, in).
+        modules: The layers, whose rows follow each other.
+        exact: Whether the codes are the training base's own. If not, they were transcoded.
+        accuracy_level: Of MatMulNBits: 0 leaves activations as they are, 4 rounds them to int8.
+    """
+
+    operator: Literal["MatMulBnb4", "MatMulNBits", "expand"]
+    scheme: Literal["nf4", "fp4", "int8"]
+    blocksize: int
+    codes: str
+    scales: str
+    output: str
+    modules: tuple[StoredModule, ...]
+    exact: bool = True
+    accuracy_level: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of all layers together."""
+        return sum(module.shape[0] for module in self.modules), self.modules[0].shape[1]
+
+
+class SlotPart(_Entry):
+    """Consecutive outputs of a slot that are rows of one linear layer.
+
+    Attributes:
+        module: The layer, by its name in the transformers model.
+        rows: (start, stop) of its rows, or all of them one by one where they are not in order.
+    """
+
+    module: str
+    rows: tuple[int, ...]
+    in_order: bool = True
+
+    def indices(self) -> range | tuple[int, ...]:
+        """The rows, in order."""
+        return range(self.rows[0], self.rows[1]) if self.in_order else self.rows
+
+
+class Slot(_Entry):
+    """A place of the graph where an adapter's branch stands beside the base: x @ A @ B is added to its product.
+
+    Attributes:
+        name: Of the site.
+        inputs: Width of x; A is (inputs, rank).
+        outputs: Width of the product; B is (rank, outputs), scaling included.
+        parts: Which layer each output belongs to, in order.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    parts: tuple[SlotPart, ...]
+
+    @property
+    def input_names(self) -> tuple[str, str]:
+        """The names of A and B. No dots: clients take an input with ".key" or ".value" in its name for a cache."""
+        path = self.name.replace(".", "/")
+        return f"{path}/lora_A", f"{path}/lora_B"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The layers, each once, in order."""
+        return tuple(dict.fromkeys(part.module for part in self.parts))
+
+
+_CODED = TypeAdapter(tuple[CodedWeight, ...])
+_SLOTS = TypeAdapter(tuple[Slot, ...])
+_NAMES = TypeAdapter(tuple[str, ...])
+
+
+class Manifest(_Entry):
+    """What a graph holds.
+
+    Attributes:
+        branch: How adapters stand in the graph; None where they are merged, or there is none.
+        precision: Of the weights: "fp32", "fp16", "bf16", "nf4", "fp4" or "int8".
+        compute_dtype: Of the computation: "fp32", "fp16" or "bf16".
+        base_sha256: Hash of the training base, before it was quantized.
+        quantization: How it was quantized, the scheme as JSON.
+        coded: The weights that are kept as codes.
+        slots: The places of adapters.
+        pool: Names of the adapters in a pooled graph, by id.
+    """
+
+    branch: BranchKind | None = None
+    precision: str
+    compute_dtype: Literal["fp32", "fp16", "bf16"]
+    base_sha256: str
+    quantization: str = ""
+    coded: tuple[CodedWeight, ...] = ()
+    slots: tuple[Slot, ...] = ()
+    pool: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> int:
+        """31 bits that an `.onnx_adapter` file carries as its model version: which base, which slots, which type.
+
+        The file format has no room for more, and an adapter for another base fits the shapes of any fine-tune.
+        """
+        slots = _SLOTS.dump_json(self.slots).decode()
+        text = f"{self.base_sha256}\n{self.quantization}\n{self.compute_dtype}\n{slots}"
+        digest = hashlib.sha256(text.encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1
+
+    def entries(self) -> dict[str, str]:
+        """As `metadata_props`."""
+        found = {
+            "mode": "branch" if self.branch else "merge",
+            "precision": self.precision,
+            "compute_dtype": self.compute_dtype,
+            "base_sha256": self.base_sha256,
+            "quantization": self.quantization or None,
+            "branch": self.branch,
+            "coded": _CODED.dump_json(self.coded).decode() if self.coded else None,
+            "slots": _SLOTS.dump_json(self.slots).decode() if self.slots else None,
+            "pool": json.dumps(self.pool) if self.pool else None,
+        }
+        return {f"{_PREFIX}{name}": value for name, value in found.items() if value is not None}
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Manifest:
+        """Read that of an export.
+
+        Raises:
+            CheckpointError: There is none, or it is damaged.
+        """
+        return cls.read(read_metadata(directory), Path(directory) / "model.onnx")
+
+    @classmethod
+    def read(cls, metadata: Mapping[str, str], file: object) -> Manifest:
+        """Read it from `metadata_props`.
+
+        Args:
+            metadata: All of them.
+            file: The graph's, for messages.
+
+        Raises:
+            CheckpointError: The graph is not lora-deploy's, or what it says cannot be read.
+        """
+
+        def get(name: str, default: str) -> str:
+            return metadata.get(f"{_PREFIX}{name}", default)
+
+        if f"{_PREFIX}precision" not in metadata:
+            raise CheckpointError("this model was not exported by lora-deploy", file=str(file))
+        precision = get("precision", "")
+        try:
+            return cls(
+                branch=metadata.get(f"{_PREFIX}branch"),  # type: ignore[arg-type]
+                precision=precision,
+                compute_dtype=get("compute_dtype", precision),  # type: ignore[arg-type]
+                base_sha256=get("base_sha256", ""),
+                quantization=get("quantization", ""),
+                coded=_CODED.validate_json(get("coded", "[]")),
+                slots=_SLOTS.validate_json(get("slots", "[]")),
+                pool=_NAMES.validate_json(get("pool", "[]")),
+            )
+        except ValidationError as error:
+            raise CheckpointError(
+                "what the model says of itself cannot be read",
+                file=str(file),
+                found=str(error).splitlines()[-2].strip(),
+                remedy="export again",
+            ) from error

@@ -1,0 +1,277 @@
+"""`.onnx_adapter` files for a session: read, checked against the graph, blended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_deploy.errors import AdapterError, UsageError
+from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, Slot
+from lora_deploy.run.session import OnnxSession, import_onnxruntime, numpy_dtype, numpy_of
+
+__all__ = ["Adapters", "Tensors", "blend_adapters", "find_adapters", "read_onnx_adapter", "read_tensors"]
+
+# A and B of every slot, by the name of the input.
+Tensors = dict[str, NDArray[Any]]
+
+
+class Adapters:
+    """The adapters of an open export, each read, checked and uploaded when it is first used.
+
+    Args:
+        session: The open export.
+        directory: Where its adapter files are.
+    """
+
+    def __init__(self, session: OnnxSession, directory: Path) -> None:
+        self._session = session
+        manifest = session.manifest
+        self._kind = manifest.branch if manifest is not None else None
+        self._pool = list(manifest.pool) if manifest is not None else []
+        self._files = find_adapters(directory) if self._kind == "hot-swap" else {}
+        self._read: dict[str, Tensors] = {}
+        self._uploaded: dict[str, dict[str, Any]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """What can be chosen from."""
+        return self._pool if self._kind == "pooled" else list(self._files)
+
+    def add(self, file: str | Path, name: str | None = None) -> str:
+        """Make an adapter file that is elsewhere available, while the model runs.
+
+        Args:
+            file: The `.onnx_adapter`.
+            name: To choose it by; None for the file's own.
+
+        Returns:
+            The name.
+
+        Raises:
+            AdapterError: It cannot be read or is not one for this export.
+            UsageError: The graph takes no files.
+        """
+        if self._kind != "hot-swap":
+            raise self._fixed(str(file))
+        file = Path(file)
+        name = name or file.name.removesuffix(ADAPTER_SUFFIX)
+        self._read[name] = read_onnx_adapter(file, self._manifest)
+        self._uploaded.pop(name, None)
+        self._files[name] = file
+        return name
+
+    def inputs(self, adapter: str | Mapping[str, float] | None) -> Mapping[str, Any]:
+        """What a run is given for an adapter, a blend of several, or None.
+
+        Raises:
+            AdapterError: One cannot be read or is not one for this export.
+            UsageError: There is no such adapter, or the graph cannot choose or blend.
+        """
+        if adapter is None:
+            return {}
+        if self._kind == "pooled":
+            if not isinstance(adapter, str):
+                raise UsageError(
+                    "a pooled graph runs one adapter a row, it cannot blend them",
+                    found=", ".join(adapter),
+                    remedy="export with --branch alone",
+                )
+            return self.row_inputs([adapter])
+        if self._kind != "hot-swap":
+            raise self._fixed(adapter if isinstance(adapter, str) else ", ".join(adapter))
+        if isinstance(adapter, str):
+            if adapter not in self._uploaded:
+                self._uploaded[adapter] = self._upload(self._tensors(adapter))
+            return self._uploaded[adapter]
+        tensors = {name: self._tensors(name) for name in adapter}
+        return self._upload(blend_adapters(tensors, adapter, self._manifest.slots))
+
+    def row_inputs(self, adapters: Sequence[str | None]) -> Mapping[str, Any]:
+        """What a run of a pooled graph is given: the id of each row's adapter, -1 for None.
+
+        Raises:
+            UsageError: There is no such adapter, or the graph is not pooled.
+        """
+        if self._kind != "pooled":
+            if len(set(adapters)) <= 1:
+                return self.inputs(next(iter(adapters), None))
+            raise UsageError(
+                "only a pooled graph runs different adapters at once", remedy="export with --branch --pool"
+            )
+        for name in adapters:
+            if name is not None and name not in self._pool:
+                raise self._unknown(name)
+        ids = [-1 if name is None else self._pool.index(name) for name in adapters]
+        return {"adapter_ids": self._session.upload(np.array(ids, np.int64))}
+
+    @property
+    def _manifest(self) -> Manifest:
+        assert self._session.manifest is not None
+        return self._session.manifest
+
+    def _tensors(self, name: str) -> Tensors:
+        if name not in self._files:
+            raise self._unknown(name)
+        if name not in self._read:
+            self._read[name] = read_onnx_adapter(self._files[name], self._manifest)
+        return self._read[name]
+
+    def _upload(self, tensors: Tensors) -> dict[str, Any]:
+        return {name: self._session.upload(values) for name, values in tensors.items()}
+
+    def _unknown(self, name: str) -> UsageError:
+        return UsageError(
+            "the export has no such adapter",
+            found=name,
+            expected=", ".join(self.names) or "none: it has no adapters",
+            remedy="add it with lora-deploy adapter convert" if self._kind == "hot-swap" else None,
+        )
+
+    def _fixed(self, name: str) -> UsageError:
+        how = "is in the weights" if self._kind is None else "is one for good" if self._kind == "fixed" else "are in it"
+        return UsageError(
+            "this export takes no adapters",
+            found=name,
+            expected=f"nothing: what it was exported with {how}",
+            remedy="export with --branch to be able to choose",
+        )
+
+
+def find_adapters(directory: Path) -> dict[str, Path]:
+    """The adapter files of an export, by name."""
+    files = sorted((directory / ADAPTER_DIRECTORY).glob(f"*{ADAPTER_SUFFIX}"))
+    return {file.name.removesuffix(ADAPTER_SUFFIX): file for file in files if not file.name.startswith(".")}
+
+
+def read_tensors(file: Path) -> tuple[int, Tensors]:
+    """Read what an `.onnx_adapter` holds, whatever graph it is for.
+
+    Args:
+        file: The `.onnx_adapter`.
+
+    Returns:
+        Its model version, and its tensors by name.
+
+    Raises:
+        AdapterError: It is missing or damaged.
+    """
+    if not file.is_file():
+        raise AdapterError("there is no such adapter", file=file, remedy="make it with lora-deploy adapter convert")
+    onnxruntime = import_onnxruntime()
+    try:
+        content = onnxruntime.AdapterFormat.read_adapter(str(file))
+        # Copies: what onnxruntime gives is a view of the file, and the file is closed with `content`.
+        tensors = {name: np.array(numpy_of(value)) for name, value in content.get_parameters().items()}
+        return content.get_model_version(), tensors
+    except Exception as error:  # onnxruntime raises RuntimeError and its own classes, without a common base
+        raise AdapterError(
+            "the adapter cannot be read",
+            file=file,
+            found=(str(error).strip().splitlines() or [type(error).__name__])[0][-200:],
+            expected="an .onnx_adapter file",
+            remedy="make it again with lora-deploy adapter convert",
+        ) from error
+
+
+def read_onnx_adapter(file: Path, manifest: Manifest) -> Tensors:
+    """Read an adapter and make sure that it is one for this graph.
+
+    onnxruntime itself would run on without a word where a layer is missing, and has no idea which base an adapter is
+    for: the shapes are the same in every fine-tune of a model.
+
+    Args:
+        file: The `.onnx_adapter`.
+        manifest: The graph's.
+
+    Returns:
+        A and B of every slot, in the type of the computation.
+
+    Raises:
+        AdapterError: It cannot be read, is for another base or graph, or is damaged.
+    """
+    version, found = read_tensors(file)
+    if version != manifest.fingerprint:
+        raise AdapterError(
+            "the adapter was made for another base or another graph",
+            file=file,
+            found=f"model version {version}",
+            expected=f"{manifest.fingerprint}, which stands for the base, the slots and the type of this graph",
+            remedy="make it for this one with lora-deploy adapter convert",
+        )
+    _check_names(file, set(found), manifest.slots)
+    dtype = numpy_dtype(manifest.compute_dtype)
+    tensors = {}
+    for slot in manifest.slots:
+        name_a, name_b = slot.input_names
+        a, b = found[name_a], found[name_b]
+        rank = a.shape[1] if a.ndim == 2 else None
+        if a.shape != (slot.inputs, rank) or b.shape != (rank, slot.outputs) or a.dtype != dtype or b.dtype != dtype:
+            raise AdapterError(
+                "an update of the adapter does not fit its slot",
+                file=file,
+                tensor=slot.name,
+                found=f"A {a.shape} {a.dtype}, B {b.shape} {b.dtype}",
+                expected=f"A ({slot.inputs}, r), B (r, {slot.outputs}) in {dtype}",
+                remedy="make it again with lora-deploy adapter convert",
+            )
+        if not (np.isfinite(a.astype(np.float32)).all() and np.isfinite(b.astype(np.float32)).all()):
+            raise AdapterError("the adapter holds NaN or infinity", file=file, tensor=slot.name)
+        tensors[name_a], tensors[name_b] = a, b
+    return tensors
+
+
+def _check_names(file: Path, found: set[str], slots: Sequence[Slot]) -> None:
+    expected = {name for slot in slots for name in slot.input_names}
+    for name in sorted(expected - found):
+        other = "B" if name.endswith("A") else "A"
+        half = f"{name[:-1]}{other}" in found
+        raise AdapterError(
+            "the adapter has only one half of an update" if half else "the adapter lacks a layer",
+            file=file,
+            tensor=name,
+            expected="A and B of every slot, of rank 0 where the adapter changes nothing",
+            remedy="make it again with lora-deploy adapter convert",
+        )
+    for name in sorted(found - expected):
+        raise AdapterError("the adapter has a layer that the graph does not have", file=file, tensor=name)
+
+
+def blend_adapters(adapters: Mapping[str, Tensors], weights: Mapping[str, float], slots: Sequence[Slot]) -> Tensors:
+    """The weighted sum of several adapters' updates, exactly: their ranks side by side.
+
+    w1 * B1 A1 + w2 * B2 A2 = [w1 B1, w2 B2] [A1; A2].
+
+    Args:
+        adapters: The adapters, by name.
+        weights: The weight of each that takes part.
+        slots: The graph's.
+
+    Raises:
+        UsageError: There is no weight, or one is not finite, or too large for the type of the computation.
+    """
+    if not weights or not all(np.isfinite(weight) for weight in weights.values()):
+        raise UsageError("a blend needs adapters with finite weights", found=dict(weights))
+    tensors = {}
+    for slot in slots:
+        name_a, name_b = slot.input_names
+        sides_a = [adapters[name][name_a] for name in weights]
+        sides_b = [_scale(adapters[name][name_b], weight) for name, weight in weights.items()]
+        tensors[name_a], tensors[name_b] = np.concatenate(sides_a, axis=1), np.concatenate(sides_b, axis=0)
+        if not np.isfinite(tensors[name_b].astype(np.float32)).all():
+            raise UsageError(
+                "the weights of the blend are too large for the type that the graph computes in",
+                found=f"{dict(weights)}, in {tensors[name_b].dtype}",
+            )
+    return tensors
+
+
+def _scale(values: NDArray[Any], weight: float) -> NDArray[Any]:
+    if weight == 1:
+        return values
+    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by the caller
+        scaled: NDArray[Any] = (values.astype(np.float32) * np.float32(weight)).astype(values.dtype)
+    return scaled

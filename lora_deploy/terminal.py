@@ -1,0 +1,64 @@
+"""What the command line shows: progress, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lora_deploy.verify import ParityReport
+
+__all__ = ["make_console", "print_json", "print_report", "show_progress"]
+
+
+def make_console(quiet: bool = False, as_json: bool = False) -> Console:
+    """Where progress and tables go: the screen, nowhere with --quiet, or stderr where stdout carries JSON."""
+    from rich.console import Console
+
+    return Console(quiet=quiet, stderr=as_json, highlight=False)
+
+
+def print_json(values: Any) -> None:
+    """Print for scripts; whatever JSON does not know is printed as text."""
+    print(json.dumps(values, indent=2, sort_keys=True, default=str))
+
+
+@contextmanager
+def show_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each task that reports its progress."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<16}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, disable=console.quiet) as progress:
+        preparing = progress.add_task("preparing", total=None)
+        tasks: dict[str, Any] = {}
+
+        def on_progress(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                progress.update(preparing, total=1, completed=1)
+                tasks[name] = progress.add_task(name, total=total)
+            progress.update(tasks[name], completed=done, total=total)
+
+        yield on_progress
+
+
+def print_report(console: Console, report: ParityReport) -> None:
+    """The cases of a parity check, and what limits it."""
+    console.print(report.table())
+    if report.codes is not None:
+        how = "the base's own, bit for bit" if report.codes.exact else "the base's values transcoded to 8 bits"
+        size = report.codes.bytes / 1e6
+        console.print(f"codes of {report.codes.layers} layers, {size:,.1f} MB: {how}", soft_wrap=True)
+    for note in report.notes:
+        console.print(f"note: {note}", soft_wrap=True)
+    if report.bitsandbytes_gap is not None:
+        gap = report.bitsandbytes_gap
+        console.print(
+            f"note: bitsandbytes' own forward, which quantizes activations, is itself {gap.max_abs:.2g} (max abs), "
+            f"KL {gap.mean_kl:.1e} from the trained function",
+            soft_wrap=True,
+        )

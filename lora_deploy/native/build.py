@@ -1,0 +1,97 @@
+"""Compile the kernels once, into the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from lora_deploy.errors import UsageError
+
+__all__ = ["load_kernels"]
+
+_MAIN = "operators.c"
+# Strict IEEE arithmetic but for fused multiply-adds: the dequantized values must be exact. No -march: the code asks
+# the processor itself, and a home directory may be shared by machines that differ.
+_FLAGS = ("-O3", "-std=gnu11", "-shared", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno")
+_SUFFIXES = {"win32": ".dll", "darwin": ".dylib"}
+_REMEDY = "install a C compiler (gcc or clang), or: pip install ziglang"
+_SECONDS = 300
+
+
+def load_kernels() -> Path:
+    """The library with our operators, compiled if this machine has not done it yet (some seconds).
+
+    Give it to onnxruntime: `options.register_custom_ops_library(str(load_kernels()))`. A node is switched to it by its
+    domain: `com.microsoft` MatMulBnb4 becomes `lora_deploy` MatMulBnb4. operators.c says what there is.
+
+    Returns:
+        The shared library, under `$XDG_CACHE_HOME/lora-deploy` or `~/.cache/lora-deploy`. Its name holds a hash of the
+        source, the compiler and the machine, so it is never stale.
+
+    Raises:
+        UsageError: There is no C compiler, it fails, or the cache cannot be written.
+    """
+    compiler = _find_compiler()
+    sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".c", ".h"))
+    parts = [*compiler, _run([*compiler, "--version"]), *_FLAGS, sys.platform, platform.machine()]
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for source in sources:
+        digest.update(b"\0" + source.name.encode() + b"\0" + source.read_bytes())
+    library = _cache() / f"kernels-{digest.hexdigest()[:16]}{_SUFFIXES.get(sys.platform, '.so')}"
+    if not library.is_file():
+        _compile(compiler, library)
+    return library
+
+
+def _cache() -> Path:
+    # The XDG specification: a relative path is invalid, and ignored.
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lora-deploy"
+
+
+def _find_compiler() -> list[str]:
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return [found]
+    if importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "cc", "-mcpu=baseline"]  # its default is this very processor
+    raise UsageError("there is no C compiler, which our operators need", remedy=_REMEDY)
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UsageError("the C compiler does not run", found=error, remedy=_REMEDY) from error
+    if done.returncode != 0:
+        message = "\n".join(done.stderr.strip().splitlines()[:5]) or f"exit code {done.returncode}"
+        raise UsageError(f"{command[0]} cannot compile our kernels", found=message[:1000], remedy=_REMEDY)
+    return done.stdout
+
+
+def _compile(compiler: list[str], library: Path) -> None:
+    """Write the library in one step: another process may compile or load it at the same time."""
+    flags = [*_FLAGS, *([] if sys.platform == "win32" else ["-fPIC"])]
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is in it will be executed
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            built = Path(scratch) / library.name
+            _run([*compiler, *flags, "-o", str(built), str(Path(__file__).parent / _MAIN)])
+            try:
+                os.replace(built, library)
+            except OSError:  # Windows does not replace a library in use; one that is there by now is the same
+                if not library.is_file():
+                    raise
+    except OSError as error:
+        raise UsageError(
+            "the compiled kernels cannot be written", file=library, found=error, remedy="set XDG_CACHE_HOME"
+        ) from error

@@ -37,16 +37,23 @@ def stream_weights(
     kept: tuple[tuple[str, bool], torch.Tensor] | None = None
     for name, source in sources.items():
         value = model.graph.initializers[name]
-        parts = []
+        values, row = None, 0
         for segment in source.segments:
             key = (segment.parameter, source.transposed)
             if kept is None or kept[0] != key:
                 kept = None  # let go of the last one before the next is read
                 kept = (key, parameters.read(segment.parameter, transposed=source.transposed))
-            parts.append(_take_rows(kept[1], segment.rows))
-        values = parts[0] if len(parts) == 1 else torch.cat(parts)
-        parts = []
-        yield name, _cast(values, value, name, parameters)
+            part = _cast(_take_rows(kept[1], segment.rows), value, name, parameters)
+            if len(source.segments) == 1:
+                values = part
+            else:  # layers below each other, each cast and put in its place
+                if values is None:
+                    assert value.shape is not None
+                    values = torch.empty(tuple(value.shape.numpy()), dtype=part.dtype)
+                values[row : row + len(part)] = part
+                row += len(part)
+        assert values is not None
+        yield name, values
 
 
 def _take_rows(values: torch.Tensor, rows: range | tuple[int, ...]) -> torch.Tensor:

@@ -33,6 +33,7 @@ from lora_deploy.export.plan import plan_export
 from lora_deploy.quantization.affine import round_to_nearest
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.session import OnnxSession, Weights
+from lora_deploy.verify import verify
 from tests.benchmarks.export_memory import write_random_adapter
 
 _PROMPT, _BURST = 64, 8
@@ -50,6 +51,8 @@ PRECISIONS: list[tuple[str, dict[str, Any], Weights]] = [
     ("nf4 --expand --weights expand", {"precision": "nf4", "expand": True}, "expand"),
     ("int8", {"precision": "int8"}, "stored"),
     ("int8 --accuracy-level 4", {"precision": "int8", "accuracy_level": 4}, "stored"),
+    ("LLM.int8 base", {"quantization": "int8"}, "stored"),
+    ("LLM.int8 base --weights native", {"quantization": "int8"}, "native"),
 ]
 
 _MEASURE = """
@@ -168,22 +171,23 @@ class Bench:
     def precisions(self) -> list[dict[str, Any]]:
         """Size, memory, time to open, speed and KL of each precision, with one adapter, hot-swapped."""
         rows, steps = [], {}
-        adapter = self.trained or self.adapters[0]
         for name, options, weights in PRECISIONS:
             merged = options.get("merge", False)
+            # The trained adapter's record names the base that it was trained on, nf4.
+            adapter = self.adapters[0] if "quantization" in options else self.trained or self.adapters[0]
             label = "-".join(["p", *(f"{key}={value}" for key, value in options.items())])
-            output = self.export(label, adapter if merged else {"one": adapter}, **options, verify=True)
+            output = self.export(label, adapter if merged else {"one": adapter}, **options)
             measured = subprocess.run(
                 [sys.executable, "-c", _MEASURE, str(output), weights, "" if merged else "1"],
                 check=True,
                 capture_output=True,
                 text=True,
             )
-            cases = json.loads((output / "parity.json").read_text())["cases"]
-            own = [case for case in cases if case["control"] is not None]
+            report = verify(output, weights=weights)
+            own = [case.export for case in report.cases if case.control is not None]
             size = sum(file.stat().st_size for file in output.glob("model*.onnx*")) / 1e6
             row = {"precision": name, "disk_mb": round(size), **json.loads(measured.stdout.splitlines()[-1])}
-            rows.append(row | {"kl": max(case["export"]["mean_kl"] for case in own)})
+            rows.append(row | {"kl": float(f"{max(metrics.mean_kl for metrics in own):.1e}")})
             session = OnnxSession(output, weights=weights)
             inputs = Adapters(session, output).inputs(None if merged else "one")
             steps[name] = decode_step(session, 1, inputs)

@@ -1,6 +1,6 @@
-"""Time and peak memory of a merged export of a 1.1B model, and of one with twice the layers.
+"""Time and peak memory of the export of a 1.1B model, and of one with twice the layers.
 
-    python -m tests.benchmarks.export_memory [--quantization nf4] [--precision fp16] [--layers 16 32]
+    python -m tests.benchmarks.export_memory [--quantization nf4] [--precision fp16] [--layers 16 32] [--branch]
 
 Writes random Llama checkpoints (hidden 2048, intermediate 8192, vocabulary 32000, 8 KV heads, bf16; 2.1 GB for 16
 layers) and random adapters of rank 16 on all linear layers, exports each in a process of its own, without the parity
@@ -30,7 +30,8 @@ import sys, time
 start = time.perf_counter()
 from lora_deploy import export_onnx
 model, adapter, output, quantization, precision = sys.argv[1:]
-result = export_onnx(model, adapter, output=output, quantization=quantization, precision=precision, verify=False)
+options = {"merge": False} if precision == "branch" else {"precision": precision}
+result = export_onnx(model, adapter, output=output, quantization=quantization, verify=False, **options)
 seconds = time.perf_counter() - start
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
 print(f'{{"seconds": {seconds:.1f}, "peak_gb": {int(peak) * 1024 / 1e9:.3f}, "bytes": {result.bytes}}}')
@@ -87,7 +88,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--quantization", nargs="+", default=["none", "nf4"])
     parser.add_argument("--precision", default="fp16")
+    parser.add_argument("--branch", action="store_true", help="Not merged: the base's own codes and slots.")
     options = parser.parse_args()
+    precision = "branch" if options.branch else options.precision
     for layers in options.layers:
         with tempfile.TemporaryDirectory() as name:
             directory = Path(name)
@@ -95,7 +98,7 @@ def main() -> None:
             write_random_adapter(directory / "base", directory / "adapter")
             for quantization in options.quantization:
                 paths = [str(directory / part) for part in ("base", "adapter", f"out-{quantization}")]
-                command = [sys.executable, "-c", _EXPORT, *paths, quantization, options.precision]
+                command = [sys.executable, "-c", _EXPORT, *paths, quantization, precision]
                 run = subprocess.run(command, check=True, capture_output=True, text=True)
                 measured = json.loads(run.stdout.splitlines()[-1])
                 print(json.dumps({"layers": layers, "quantization": quantization, **measured}), flush=True)

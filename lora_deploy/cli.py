@@ -134,7 +134,7 @@ def train(
         return
     console.print(f"{result.trainable_parameters:,} of {result.total_parameters:,} parameters trained")
     console.print(f"{result.steps} steps, loss {result.loss:.4f}, {result.tokens_per_second or 0:,.0f} tokens/s")
-    console.print(f"the adapter is in {result.output}", soft_wrap=True)
+    console.print(f"the adapter is in {result.output}", soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -187,8 +187,10 @@ def export(
     """Export an adapter and its base to ONNX, and prove that nothing was lost."""
     if merge == branch:
         raise UsageError("say how the adapter is exported", remedy="add --merge or --branch")
-    if (fixed or pool or expand) and not branch:
-        raise UsageError("--fixed, --pool and --expand go with --branch", remedy="add --branch, or leave them out")
+    if (fixed or pool or expand or compute_dtype) and not branch:
+        raise UsageError(
+            "--fixed, --pool, --expand and --compute-dtype go with --branch", remedy="add --branch, or leave them out"
+        )
     if fixed and pool:
         raise UsageError("a branch is fixed or pooled", found="--fixed --pool", remedy="leave one out")
     console = make_console(quiet, as_json)
@@ -200,7 +202,7 @@ def export(
             _named(adapter or []),
             output=output,
             merge=merge,
-            branch="fixed" if fixed else "pooled" if pool else "hot-swap",
+            branch=None if merge else "fixed" if fixed else "pooled" if pool else "hot-swap",
             precision=precision,
             compute_dtype=compute_dtype,
             expand=expand,
@@ -213,10 +215,10 @@ def export(
             on_progress=on_progress,
         )
     for warning in result.warnings:
-        console.print(f"warning: {warning}", style="yellow")
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
     if result.report is not None:
         print_report(console, result.report)
-    console.print(f"{result.bytes / 1e6:,.1f} MB in {result.output}", soft_wrap=True)
+    console.print(f"{result.bytes / 1e6:,.1f} MB in {result.output}", soft_wrap=True, markup=False)
     if as_json:
         report = result.report.model_dump() if result.report else None
         print_json(

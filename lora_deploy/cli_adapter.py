@@ -31,7 +31,7 @@ def convert(
 
     file = convert_adapter(adapter, directory, name, overwrite=overwrite)
     size = file.stat().st_size
-    make_console(quiet, as_json).print(f"{size / 1e6:,.1f} MB in {file}", soft_wrap=True)
+    make_console(quiet, as_json).print(f"{size / 1e6:,.1f} MB in {file}", soft_wrap=True, markup=False)
     if as_json:
         print_json({"file": file, "bytes": size})
 
@@ -48,6 +48,6 @@ def inspect(
     description = describe_adapter(adapter)
     console = make_console(quiet, as_json)
     console.print(description.table())
-    console.print(description.summary(), soft_wrap=True)
+    console.print(description.summary(), soft_wrap=True, markup=False)
     if as_json:
         print_json(description.model_dump())

@@ -62,7 +62,7 @@ class StoredModule(_Entry):
     Attributes:
         name: In the transformers model.
         shape: (out, in).
-        sha256: Of the layer's own codes and scales (`lora_deploy.export.coded.hash_module`).
+        sha256: Of the codes and scales of the base's own weight, as `lora_deploy.quantization.hashes` hashes them.
     """
 
     name: str

@@ -51,10 +51,12 @@ def print_report(console: Console, report: ParityReport) -> None:
     console.print(report.table())
     if report.codes is not None:
         how = "the base's own, bit for bit" if report.codes.exact else "the base's values transcoded to 8 bits"
+        if report.codes.scales != "float32":
+            how += f"; their scales are rounded to {report.codes.scales}"
         size = report.codes.bytes / 1e6
         console.print(f"codes of {report.codes.layers} layers, {size:,.1f} MB: {how}", soft_wrap=True)
     for note in report.notes:
-        console.print(f"note: {note}", soft_wrap=True)
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
     if report.bitsandbytes_gap is not None:
         gap = report.bitsandbytes_gap
         console.print(

@@ -50,7 +50,7 @@ class AdapterChoice:
     """
 
     def __init__(self, model: ir.Model, count: int, dtype: ir.DataType) -> None:
-        self.model, self.count, self.dtype = model, count, dtype
+        self.model, self.count = model, count
         self.masks: dict[int, ir.Value] = {}
         self.nodes: list[ir.Node] = []
         none = ir.Tensor(torch.full((1,), -1, dtype=torch.int64).numpy(), name=ADAPTER_IDS)
@@ -58,20 +58,25 @@ class AdapterChoice:
         model.graph.register_initializer(self.input)
         self.input.shape = ir.Shape(["adapter_batch"])
         model.graph.inputs.append(self.input)
+        zero = torch.zeros((), dtype=ir.tensor_adapters.to_torch_dtype(dtype))
+        self.zero = ir.val("adapter_zero", const_value=ir.tensor_adapters.TorchTensor(zero, name="adapter_zero"))
+        model.graph.register_initializer(self.zero)
 
     def mask(self, rank: int) -> ir.Value:
-        """(batch, 1, count * rank) of ones and zeros."""
+        """(batch, 1, count * rank): whose column it is."""
         if rank not in self.masks:
             if not self.nodes:
                 axes = self._constant("adapter_axes", torch.tensor([1, 2]))
                 self.nodes.append(ir.node("Unsqueeze", [self.input, axes], name="adapter_ids.unsqueeze"))
             owners = torch.arange(self.count).repeat_interleave(rank)
             owner = self._constant(f"adapter_owner_{rank}", owners[None, None])
-            equal = ir.node("Equal", [self.nodes[0].outputs[0], owner], name=f"adapter_mask_{rank}.equal")
-            cast = ir.node("Cast", equal.outputs, attributes={"to": int(self.dtype)}, name=f"adapter_mask_{rank}")
-            self.nodes += [equal, cast]
-            self.masks[rank] = cast.outputs[0]
+            self.nodes.append(ir.node("Equal", [self.nodes[0].outputs[0], owner], name=f"adapter_mask_{rank}"))
+            self.masks[rank] = self.nodes[-1].outputs[0]
         return self.masks[rank]
+
+    def select(self, hidden: ir.Value, rank: int, name: str) -> ir.Node:
+        """What is the row's own adapter's, and zero for the others: a choice, for infinity times zero is no zero."""
+        return ir.node("Where", [self.mask(rank), hidden, self.zero], name=name)
 
     def place(self) -> None:
         """Put the masks' nodes at the beginning of the graph, once all sites have asked for theirs."""
@@ -107,7 +112,7 @@ def add_branch(
     nodes = [*base.nodes, down]
     hidden = down.outputs[0]
     if choice is not None:
-        nodes.append(ir.node("Mul", [hidden, choice.mask(rank or 0)], name=f"{slot.name}.lora_mask"))
+        nodes.append(choice.select(hidden, rank or 0, f"{slot.name}.lora_select"))
         hidden = nodes[-1].outputs[0]
     up = ir.node("MatMul", [hidden, b], name=f"{slot.name}.lora_B")
     add = ir.node("Add", [base.output, up.outputs[0]], name=f"{slot.name}.lora_add")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_deploy.codes import FP4_CODE, NF4_CODE
+from lora_deploy.errors import InputError
 from lora_deploy.export.graph import Segment, WeightSource
 from lora_deploy.export.sites import LinearSite, Product, matmul_transposed
 from lora_deploy.manifest import CodedWeight, StoredModule
@@ -47,11 +48,10 @@ class CodedBase:
 
     def scheme_of(self, module: str) -> str:
         """ "nf4", "fp4", "int8", or "none" for a layer whose weight is not kept as codes."""
-        layer = self.base.linears.get(module)
-        if layer is None or module in self.whole:
+        if module not in self.base.linears or module in self.whole:
             return "none"
-        own = self.base.scheme.method if self.base.holds_codes(module) else "none"
-        return self.precision if own != "none" else "none"
+        own, _ = self.base.codes_of(module)
+        return "int8" if own != "none" and self.precision == "int8" else own
 
     def product(
         self, model: ir.Model, site: LinearSite, sources: dict[str, WeightSource]
@@ -92,30 +92,31 @@ class CodedBase:
         """Neighbours whose codes can be one initializer."""
         runs: list[list[str]] = []
         for name in parameters:
-            module = _module(name)
             last = _module(runs[-1][-1]) if runs else None
-            if last is not None and self.scheme_of(module) == self.scheme_of(last) != "none" and self._ends_whole(last):
+            if last is not None and self._kind(_module(name)) == self._kind(last) and self._ends_whole(last):
                 runs[-1].append(name)
             else:
                 runs.append([name])
         return runs
 
+    def _kind(self, module: str) -> tuple[str, str, int]:
+        """What layers must have in common: what their codes become, what they are, and their block size."""
+        own, _ = self.base.codes_of(module) if module in self.base.linears else ("none", 0)
+        scheme = self.scheme_of(module)
+        return scheme, own, 0 if scheme == "none" else self._blocksize(module)
+
     def _ends_whole(self, module: str) -> bool:
-        rows, columns = self.base.linears[module].shape
-        if self.scheme_of(module) == "int8":
-            return True
-        return rows * columns % self._blocksize(module) == 0
+        scheme, _, blocksize = self._kind(module)
+        rows, columns = self.base.linears[module].shape if module in self.base.linears else (0, 0)
+        return scheme == "int8" or (scheme != "none" and rows * columns % blocksize == 0)
 
     def _blocksize(self, module: str) -> int:
-        """Of the initializers: asked of the layer itself, for a checkpoint's blocks may not be the scheme's default."""
+        """Of the initializers."""
         columns = self.base.linears[module].shape[1]
+        own, blocksize = self.base.codes_of(module)
         if self.scheme_of(module) != "int8":
-            blocksize = self.base.blocksize(module)
             return blocksize if self.expand else min(blocksize, _LARGEST_BNB4_BLOCK)
-        own = self.base.scheme.method
-        if self.expand:
-            return columns
-        return affine_blocksize(own, columns, self.base.blocksize(module) if own != "int8" else 0)
+        return columns if self.expand else affine_blocksize(own, columns, blocksize)
 
     def _order(self, parameters: list[str], segments: Sequence[Segment]) -> list[int] | None:
         """Where each output of the site is among those of the whole layers; None where they are in place."""
@@ -153,7 +154,7 @@ class CodedBase:
             scales=f"{name}.weight.{'scales' if scheme == 'int8' else 'absmax'}",
             output=f"{name}.weight" if self.expand else f"{name}.product",
             modules=tuple(StoredModule(name=module, shape=self.base.linears[module].shape) for module in modules),
-            exact=scheme == self.base.scheme.method,
+            exact=scheme == self.base.codes_of(modules[0])[0],
             accuracy_level=self.accuracy_level if operator == "MatMulNBits" else 0,
         )
         codes_shape, scales_shape = _shapes(weight)
@@ -296,6 +297,9 @@ def stream_codes(
 
     Yields:
         Name of the initializer and its values.
+
+    Raises:
+        InputError: A scale is too large or too small for the type of the computation.
     """
     for weight in coded:
         parts = []
@@ -311,4 +315,19 @@ def stream_codes(
             size *= length
         yield weight.codes, F.pad(codes, (0, size - codes.numel())).view(codes_shape)
         dtype = ir.tensor_adapters.to_torch_dtype(cast(ir.DataType, model.graph.initializers[weight.scales].dtype))
-        yield weight.scales, scales.to(dtype).view(scales_shape)
+        yield weight.scales, _cast_scales(scales, dtype, weight, base).view(scales_shape)
+
+
+def _cast_scales(scales: torch.Tensor, dtype: torch.dtype, weight: CodedWeight, base: TrainingBase) -> torch.Tensor:
+    """The scales in the type of the computation, which the operators ask of them."""
+    result = scales.to(dtype)
+    if not bool(torch.isfinite(result).all()) or bool(((result == 0) & (scales != 0)).any()):
+        raise InputError(
+            "a scale of the base's codes does not fit the type that is computed in",
+            file=base.directory,
+            tensor=weight.scales,
+            found=f"{float(scales.abs().min()):g} to {float(scales.abs().max()):g}",
+            expected=f"{torch.finfo(dtype).tiny:g} to {torch.finfo(dtype).max:g}",
+            remedy="export with --compute-dtype fp32",
+        )
+    return result

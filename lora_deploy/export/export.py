@@ -16,9 +16,9 @@ import torch
 from onnx_ir import tensor_adapters
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-from lora_deploy.adapter import LoraAdapter, TrainingRecord
+from lora_deploy.adapter import LoraAdapter
 from lora_deploy.checkpoint import read_json
-from lora_deploy.errors import OutputError
+from lora_deploy.errors import OutputError, UsageError
 from lora_deploy.export.branch import add_slot_inputs, stream_branches
 from lora_deploy.export.coded import stream_codes
 from lora_deploy.export.graph import WeightSource
@@ -29,6 +29,7 @@ from lora_deploy.export.weights import stream_weights
 from lora_deploy.export.writer import INLINE_BYTES, TOKENIZER_FILES, commit, staging_directory, write_data, write_model
 from lora_deploy.manifest import BranchKind, Manifest
 from lora_deploy.quantization.hashes import combine_hashes
+from lora_deploy.run.adapters import find_adapters
 
 if TYPE_CHECKING:
     from lora_deploy.verify import ParityReport
@@ -45,7 +46,7 @@ class ExportResult:
 
     Attributes:
         output: The directory.
-        bytes: Size of `model.onnx` and its data.
+        bytes: Size of `model.onnx`, its data, and its adapters.
         report: The parity report; None where it was not asked for.
         warnings: What the user should know.
     """
@@ -62,7 +63,7 @@ def export_onnx(
     *,
     output: str | Path,
     merge: bool = True,
-    branch: BranchKind = "hot-swap",
+    branch: BranchKind | None = None,
     precision: str | None = None,
     compute_dtype: str | None = None,
     expand: bool = False,
@@ -82,7 +83,7 @@ def export_onnx(
         output: Directory to write.
         merge: Merge the adapter into the dequantized weights. If not, the base keeps its own codes and the adapter
             stands beside it.
-        branch: How, then: "fixed", "hot-swap" or "pooled".
+        branch: How, then: "hot-swap", which is None too, "fixed" or "pooled".
         precision: Of the weights, "fp32", "fp16" or "bf16", and beside a branch also the base's own scheme, or "int8";
             None for fp32 on cpu and fp16 on cuda, and beside a branch for the base's own scheme.
         compute_dtype: "fp32", "fp16" or "bf16" where the weights are codes; None for fp32 on cpu and fp16 on cuda.
@@ -103,11 +104,15 @@ def export_onnx(
         ParityError: The staged export does not compute what was trained; nothing was committed.
         OutputError: It could not be written; what was there before is unchanged.
     """
+    if merge and branch is not None:
+        raise UsageError(
+            "an adapter is merged, or it is a branch", found=f"branch={branch!r}, merge=True", remedy="say merge=False"
+        )
     plan = plan_export(
         model,
         adapter,
         output,
-        branch=None if merge else branch,
+        branch=None if merge else branch or "hot-swap",
         precision=precision,
         compute_dtype=compute_dtype,
         expand=expand,
@@ -122,10 +127,10 @@ def export_onnx(
         if plan.branch == "hot-swap":
             for name, lora in plan.adapters.items():
                 write_onnx_adapter(lora, manifest, staging, name)
-        warnings = _warnings(plan.records, combine_hashes(code_hashes))
+        warnings = _warnings(plan, combine_hashes(code_hashes))
         report = _prove(plan, staging, on_progress) if verify else None
         commit(staging, plan.output)
-    size = sum(file.stat().st_size for file in plan.output.glob("model*.onnx*"))
+    size = sum(file.stat().st_size for file in plan.output.rglob("*.onnx*"))
     return ExportResult(plan.output, size, report, warnings)
 
 
@@ -268,13 +273,18 @@ def _genai_config(plan: ExportPlan) -> dict[str, Any]:
     return config
 
 
-def _warnings(records: Mapping[str, TrainingRecord], codes_sha256: str | None) -> tuple[str, ...]:
-    if all(record.codes_sha256 in (None, codes_sha256) for record in records.values()):
-        return ()
-    return (
-        "the quantized weights are not bit for bit those of the training: same checkpoint, but another device or "
-        "version of bitsandbytes rounded some of them differently",
-    )
+def _warnings(plan: ExportPlan, codes_sha256: str | None) -> tuple[str, ...]:
+    """What the user should know, looked at before the commit."""
+    warnings = []
+    if not all(record.codes_sha256 in (None, codes_sha256) for record in plan.records.values()):
+        warnings.append(
+            "the quantized weights are not bit for bit those of the training: same checkpoint, but another device or "
+            "version of bitsandbytes rounded some of them differently"
+        )
+    gone = sorted(set(find_adapters(plan.output)) - (set(plan.adapters) if plan.branch == "hot-swap" else set()))
+    if gone:
+        warnings.append(f"the older export's adapters are not in the new one: {', '.join(gone)}; convert them again")
+    return tuple(warnings)
 
 
 def _prove(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> ParityReport:

@@ -26,7 +26,7 @@ class MergedParameters:
         adapter: What to merge; None for the base alone.
 
     Attributes:
-        code_hashes: Hash of each quantized weight read so far, by layer (`lora_deploy.quantization.hashes.hash_codes`).
+        code_hashes: Hash of each quantized weight read so far, by layer (`lora_deploy.quantization.hashes`).
     """
 
     def __init__(self, base: TrainingBase, adapter: LoraAdapter | None) -> None:

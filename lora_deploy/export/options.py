@@ -31,12 +31,14 @@ Provider = Literal["cpu", "cuda"]
 
 
 def check_provider(provider: str) -> Provider:
+    """The provider, if there is such a one; raises UsageError."""
     if provider not in get_args(Provider):
         raise UsageError("there is no such provider", found=provider, expected=" or ".join(get_args(Provider)))
     return cast(Provider, provider)
 
 
 def check_branch(branch: str | None, named: Mapping[str, Path]) -> BranchKind | None:
+    """The kind of branch, if it goes with the number and the names of the adapters; raises UsageError."""
     for name in named if branch not in (None, "fixed") else ():
         check_name(name)
     if branch is None:

@@ -47,7 +47,22 @@ def load_kernels() -> Path:
     library = _cache() / f"kernels-{digest.hexdigest()[:16]}{_SUFFIXES.get(sys.platform, '.so')}"
     if not library.is_file():
         _compile(compiler, library)
+    _check_owner(library)
     return library
+
+
+def _check_owner(library: Path) -> None:
+    """What is executed must be ours alone to write."""
+    if sys.platform == "win32":
+        return
+    for path in (library, library.parent):
+        status = path.stat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise UsageError(
+                "others can write the compiled kernels",
+                file=path,
+                remedy="remove it, or set XDG_CACHE_HOME to a directory of your own",
+            )
 
 
 def _cache() -> Path:

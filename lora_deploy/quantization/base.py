@@ -89,6 +89,7 @@ class TrainingBase:
         if self.head is not None and self._is_quantized(f"{self.head}.weight"):
             self.linears[self.head] = _describe(skeleton.get_submodule(self.head))
         self.dtype = self._loading_dtype()
+        self._sha256: str | None = None
         self._check()
 
     def _real_ties(self, aliases: dict[str, str]) -> dict[str, str]:
@@ -194,13 +195,21 @@ class TrainingBase:
             return self._is_quantized(f"{module}.weight")
         return module in self.linears and self.scheme.applies_to(module)
 
-    def blocksize(self, module: str) -> int:
-        """Weights that share one absmax in a 4-bit layer."""
+    def codes_of(self, module: str) -> tuple[str, int]:
+        """What a linear layer's codes are, and how many weights share one absmax; ("none", 0) for a dense layer.
+
+        A checkpoint may hold layers of other kinds and block sizes than its configuration says.
+        """
+        if not self.holds_codes(module):
+            return "none", 0
         prefix = self._require_key(f"{module}.weight").removesuffix("weight")
         state_key = self._state_key(prefix) if self.prequantized else None
-        if state_key is None:
-            return self.scheme.blocksize
-        return int(json.loads(bytes(self.checkpoint.read(state_key).tolist()))["blocksize"])
+        if state_key is not None:
+            state = json.loads(bytes(self.checkpoint.read(state_key).tolist()))
+            return str(state["quant_type"]), int(state["blocksize"])
+        if self.scheme.is_4bit:
+            return self.scheme.method, self.scheme.blocksize
+        return "int8", self.linears[module].shape[1]
 
     def _state_key(self, module: str) -> str | None:
         keys = (f"{module}{_4BIT_STATE}{kind}" for kind in ("nf4", "fp4"))
@@ -296,7 +305,9 @@ class TrainingBase:
 
     def sha256(self) -> str:
         """Hash of the checkpoint's tensors, names included: the same for any sharding, before any quantization."""
-        return hash_tensors((name, [self.checkpoint.read(name)]) for name in sorted(self.checkpoint))
+        if self._sha256 is None:
+            self._sha256 = hash_tensors((name, [self.checkpoint.read(name)]) for name in sorted(self.checkpoint))
+        return self._sha256
 
 
 def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:

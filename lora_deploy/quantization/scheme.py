@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lora_deploy.errors import CheckpointError
 
@@ -32,6 +32,14 @@ class QuantizationScheme(BaseModel):
     double_quant: bool = True
     weight_dtype: Literal["float32", "float16", "bfloat16"] | None = None
     skip_modules: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_counts(cls, data: Any) -> Any:
+        """Blocks and double quantization are of 4 bits; for others they would tell equal schemes apart."""
+        if isinstance(data, dict) and data.get("method", "none") not in ("nf4", "fp4"):
+            return {name: value for name, value in data.items() if name not in ("blocksize", "double_quant")}
+        return data
 
     @property
     def is_4bit(self) -> bool:

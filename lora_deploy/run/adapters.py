@@ -73,6 +73,10 @@ class Adapters:
         """
         if adapter is None:
             return {}
+        if not isinstance(adapter, (str, Mapping)):
+            raise UsageError(
+                "two adapters at once need weights, by name", found=adapter, expected='a name, or {"NAME": 0.5}'
+            )
         if self._kind == "pooled":
             if not isinstance(adapter, str):
                 raise UsageError(
@@ -121,7 +125,13 @@ class Adapters:
         return self._read[name]
 
     def _upload(self, tensors: Tensors) -> dict[str, Any]:
-        return {name: self._session.upload(values) for name, values in tensors.items()}
+        # A bfloat16 export that is checked in float32 has inputs in float32.
+        types = self._session.optional_inputs
+        as_float32 = {name for name in tensors if types.get(name) == "tensor(float)"}
+        return {
+            name: self._session.upload(values.astype(np.float32, copy=False) if name in as_float32 else values)
+            for name, values in tensors.items()
+        }
 
     def _unknown(self, name: str) -> UsageError:
         return UsageError(
@@ -144,7 +154,8 @@ class Adapters:
 def find_adapters(directory: Path) -> dict[str, Path]:
     """The adapter files of an export, by name."""
     files = sorted((directory / ADAPTER_DIRECTORY).glob(f"*{ADAPTER_SUFFIX}"))
-    return {file.name.removesuffix(ADAPTER_SUFFIX): file for file in files if not file.name.startswith(".")}
+    files = [file for file in files if file.is_file() and not file.name.startswith(".")]
+    return {file.name.removesuffix(ADAPTER_SUFFIX): file for file in files}
 
 
 def read_tensors(file: Path) -> tuple[int, Tensors]:
@@ -253,7 +264,8 @@ def blend_adapters(adapters: Mapping[str, Tensors], weights: Mapping[str, float]
     Raises:
         UsageError: There is no weight, or one is not finite, or too large for the type of the computation.
     """
-    if not weights or not all(np.isfinite(weight) for weight in weights.values()):
+    numbers = all(isinstance(weight, (int, float)) and np.isfinite(weight) for weight in weights.values())
+    if not weights or not numbers:
         raise UsageError("a blend needs adapters with finite weights", found=dict(weights))
     tensors = {}
     for slot in slots:

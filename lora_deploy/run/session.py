@@ -41,6 +41,16 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+def check_weights(weights: str) -> None:
+    """Make sure that there is such a way to run weights.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if weights not in get_args(Weights):
+        raise UsageError("weights cannot run this way", found=weights, expected=", ".join(get_args(Weights)))
+
+
 class OnnxSession:
     """A causal language model in onnxruntime.
 
@@ -54,6 +64,7 @@ class OnnxSession:
     Attributes:
         provider: The provider in use.
         has_position_ids: Whether the graph takes position ids.
+        optional_inputs: onnxruntime's types of the inputs that may be left out, by name.
         manifest: What the graph says of itself; None where lora-deploy did not make it.
 
     Raises:
@@ -75,8 +86,7 @@ class OnnxSession:
                 expected=_PROVIDERS.get(provider, " or ".join(_PROVIDERS)),
                 remedy='for cuda: pip uninstall onnxruntime, then pip install "lora-deploy[gpu]"',
             )
-        if weights not in get_args(Weights):
-            raise UsageError("weights cannot run this way", found=weights, expected=", ".join(get_args(Weights)))
+        check_weights(weights)
         if weights == "native" and provider != "cpu":
             raise UsageError("the native kernel is for the CPU", found=provider, remedy="take stored or expand weights")
         if provider == "cuda" and hasattr(self._onnxruntime, "preload_dlls"):
@@ -103,6 +113,7 @@ class OnnxSession:
         self.manifest = Manifest.read(metadata, file) if "lora_deploy.precision" in metadata else None
         inputs = self.session.get_inputs()
         self.has_position_ids = any(node.name == "position_ids" for node in inputs)
+        self.optional_inputs = {node.name: node.type for node in self.session.get_overridable_initializers()}
         self._past = [node for node in inputs if node.name.startswith("past_key_values.")]
         self._outputs = [node.name for node in self.session.get_outputs()]
 

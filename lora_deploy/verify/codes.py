@@ -24,12 +24,14 @@ class CodesResult(BaseModel):
     Attributes:
         layers: How many layers' weights are kept as codes.
         bytes: Size of codes and scales.
-        exact: Whether they are the base's own; if not, they are its values transcoded to 8 bits.
+        exact: Whether the codes are the base's own; if not, they are its values transcoded to 8 bits.
+        scales: Type of the scales; any other than float32 is rounded to what the graph computes in.
     """
 
     layers: int
     bytes: int
     exact: bool
+    scales: str = "float32"
 
 
 def check_codes(directory: Path, base: TrainingBase) -> CodesResult | None:
@@ -52,16 +54,19 @@ def check_codes(directory: Path, base: TrainingBase) -> CodesResult | None:
     model = ir.load(file)
     manifest = Manifest.read(model.metadata_props, file)
     layers = size = 0
+    dtype = torch.float32
     for weight in manifest.coded:
         codes, scales = (_flat(model, name) for name in (weight.codes, weight.scales))
         size += codes.nbytes + scales.nbytes
+        dtype = scales.dtype
         for module in weight.modules:
             taken = _check_module(file, base, weight, module, codes, scales)
             codes, scales = codes[taken[0] :], scales[taken[1] :]
             layers += 1
     if not manifest.coded:
         return None
-    return CodesResult(layers=layers, bytes=size, exact=all(weight.exact for weight in manifest.coded))
+    exact = all(weight.exact for weight in manifest.coded)
+    return CodesResult(layers=layers, bytes=size, exact=exact, scales=str(dtype).removeprefix("torch."))
 
 
 def _flat(model: ir.Model, name: str) -> torch.Tensor:

@@ -48,6 +48,7 @@ class CaseResult(BaseModel):
         export: The export against the twin.
         control: The base without its adapter against the export; None where there is no adapter.
         passed: Whether the export is within the tolerance.
+        control_passed: Whether the control is, as it must not be.
     """
 
     adapter: str = ""
@@ -55,6 +56,7 @@ class CaseResult(BaseModel):
     export: Metrics
     control: Metrics | None
     passed: bool
+    control_passed: bool = False
 
     @property
     def label(self) -> str:
@@ -112,7 +114,11 @@ class ParityReport(BaseModel):
         if self.control_failed is False:
             parts.append(
                 "the adapter changes next to nothing (was it trained?): without it, "
-                + ", ".join(f"KL {case.control.mean_kl:.1e}" for case in self.cases if case.control is not None)
+                + ", ".join(
+                    f"{case.label}: KL {case.control.mean_kl:.1e}"
+                    for case in self.cases
+                    if case.control is not None and case.control_passed
+                )
             )
         return "; ".join(parts)
 

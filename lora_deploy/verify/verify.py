@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, re
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.run.adapters import find_adapters
-from lora_deploy.run.session import Weights
+from lora_deploy.run.session import Weights, check_weights
 from lora_deploy.verify.parity import check_parity
 from lora_deploy.verify.report import ParityReport
 
@@ -32,7 +33,9 @@ def verify(
     weights: Weights = "stored",
     on_progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> ParityReport:
-    """Compare an export with the base and the adapters it was made from, and write `parity.json` anew.
+    """Compare an export with the base and the adapters it was made from.
+
+    `parity.json` is written anew where all of them are checked.
 
     Args:
         directory: The export.
@@ -51,6 +54,7 @@ def verify(
     directory = Path(directory)
     if provider not in (None, "cpu", "cuda"):
         raise UsageError("there is no such provider", found=provider, expected="cpu or cuda")
+    check_weights(weights)
     entries = _read_provenance(directory)
     base_model = model if model is not None else entries["lora_deploy.base_model"]
     scheme = QuantizationScheme.model_validate_json(entries["lora_deploy.quantization"])
@@ -66,7 +70,13 @@ def verify(
         weights=weights,
         on_progress=on_progress,
     )
-    report.save(directory)
+    recorded = set(json.loads(entries.get("lora_deploy.adapters", "{}")))
+    converted = set(find_adapters(directory)) if "lora_deploy.slots" in entries else set()
+    unchecked = sorted((recorded | converted) - set(adapters))
+    if unchecked:
+        report.notes.append(f"not checked: {', '.join(unchecked)}; name one with --adapter NAME=DIR")
+    if recorded <= set(adapters):  # else it would say less than what is there
+        report.save(directory)
     return report
 
 
@@ -88,6 +98,8 @@ def _read_adapters(
     else:
         texts = [given] if isinstance(given, (str, Path)) else given
         places = dict(_name_and_place(text, recorded, known) for text in texts)
+    if not places and given is not None:
+        raise UsageError("it is not said which adapter to check", expected=", ".join(sorted(known)) or "none")
     adapters = {}
     for name, place in places.items():
         if name not in known or (place is None and name not in recorded):
@@ -118,12 +130,12 @@ def _name_and_place(
         return name, place
     if str(text) in known and not Path(text).is_dir():
         return str(text), None
-    if len(recorded) == 1:
+    if len(recorded) == 1 and (Path(text).is_dir() or os.sep in str(text)):
         return next(iter(recorded)), text
     raise UsageError(
         "it is not said which adapter this is",
         found=text,
-        expected=f"NAME=DIR, with NAME of {', '.join(sorted(known))}",
+        expected=f"NAME or NAME=DIR, with NAME of {', '.join(sorted(known)) or 'none: the export has no adapters'}",
     )
 
 

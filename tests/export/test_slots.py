@@ -166,10 +166,10 @@ def test_a_site_has_one_branch_of_the_form_that_fusions_look_for(
         assert (down.op_type, down.inputs[1]) == ("MatMul", graph.initializers[name_a])
         assert (up.op_type, up.inputs[1]) == ("MatMul", graph.initializers[name_b])
         between = up.inputs[0].producer()  # type: ignore[union-attr]
-        if branch == "pooled":  # the mask of each row's adapter
+        if branch == "pooled":  # what is the row's own adapter's
             assert between is not None
-            assert between.op_type == "Mul"
-            between = between.inputs[0].producer()  # type: ignore[union-attr]
+            assert between.op_type == "Where"
+            between = between.inputs[1].producer()  # type: ignore[union-attr]
         assert between is down
         (add,) = up.outputs[0].consumers()
         assert (add.op_type, add.inputs[1]) == ("Add", up.outputs[0])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ import onnxruntime
 import pytest
 import torch
 
-from lora_deploy.adapter import read_adapter
+from lora_deploy.adapter import read_adapter, write_adapter
 from lora_deploy.errors import AdapterError, UsageError
+from lora_deploy.export import export_onnx
 from lora_deploy.run import OnnxSession
 from lora_deploy.run.adapters import Adapters, find_adapters, read_onnx_adapter
 from lora_deploy.verify.reference import compute_logits, load_twin
-from tests.conftest import token_ids
+from tests.conftest import CheckpointFactory, token_ids
 from tests.export.conftest import BranchExport, BranchFactory
 
 ADAPTERS = {"own": {}, "wide": {"r": 8, "seed": 3}, "narrow": {"r": 2, "seed": 4, "target_modules": ["q_proj"]}}
@@ -256,3 +259,28 @@ def test_a_graph_of_someone_else_has_no_adapters(hot_swap: BranchExport) -> None
     assert adapters.names == []
     with pytest.raises(UsageError, match="takes no adapters"):
         adapters.inputs("own")
+
+
+def test_an_adapter_that_overflows_does_not_reach_the_rows_of_others(
+    checkpoint_dir: CheckpointFactory, adapter_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    evil = read_adapter(adapter_dir("llama"))
+    updates = {name: replace(update, A=torch.full_like(update.A, 3e38)) for name, update in evil.updates.items()}
+    write_adapter(replace(evil, updates=updates), tmp_path / "evil")
+    named = {"good": adapter_dir("llama"), "evil": tmp_path / "evil"}
+    options = {"merge": False, "branch": "pooled", "quantization": "nf4", "verify": False}
+    export_onnx(checkpoint_dir("llama"), named, output=tmp_path / "out", **options)  # type: ignore[arg-type]
+    session = OnnxSession(tmp_path / "out")
+    adapters = Adapters(session, tmp_path / "out")
+    ids = np.arange(3, 12)[None].repeat(3, axis=0)
+    rows = session.forward(ids, np.ones_like(ids), None, adapters.row_inputs(["good", "evil", None]))[0]
+    calm = session.forward(ids, np.ones_like(ids), None, adapters.row_inputs(["good", None, None]))[0]
+    assert not np.isfinite(rows[1]).all()
+    assert np.array_equal(rows[[0, 2]], calm[[0, 2]])
+
+
+@pytest.mark.parametrize("wrong", [["own"], 7, {"own": "0.5"}, {"own": None}])
+def test_what_is_no_adapter_is_an_error_of_usage(wrong: object, branch_export: BranchFactory) -> None:
+    directory = branch_export().output
+    with pytest.raises(UsageError):
+        Adapters(OnnxSession(directory), directory).inputs(wrong)  # type: ignore[arg-type]

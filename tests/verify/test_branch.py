@@ -196,3 +196,20 @@ def test_codes_that_were_transcoded_are_called_so(
     assert report.codes is not None
     assert report.codes.exact is exact
     assert report.precision == ("fp32" if exact else "int8")
+
+
+def test_what_was_not_checked_is_said_and_the_full_report_is_kept(branch_export: BranchFactory, tmp_path: Path) -> None:
+    made = branch_export(adapters={"a": {}, "b": {"seed": 3}})
+    directory = Path(shutil.copytree(made.output, tmp_path / "out"))
+    full = verify(directory)
+    assert full.passed
+    before = (directory / "parity.json").read_bytes()
+    shutil.copyfile(directory / "adapters" / "a.onnx_adapter", directory / "adapters" / "later.onnx_adapter")
+    partial = verify(directory, adapter=["b"])
+    assert any("not checked: a, later" in note for note in partial.notes)
+    assert (directory / "parity.json").read_bytes() == before
+    with pytest.raises(UsageError, match="not said which adapter"):
+        verify(directory, adapter=[])
+    with pytest.raises(UsageError) as caught:
+        verify(directory, adapter=["zzz"])
+    assert "a, b, later" in caught.value.details["expected"]

@@ -167,7 +167,7 @@ def export(
     ] = None,
     expand: Annotated[
         bool,
-        typer.Option("--expand", help="With --branch: codes that standard operators make float weights of, on loading."),
+        typer.Option("--expand", help="With --branch: codes that standard operators turn into floats on loading."),
     ] = False,
     accuracy_level: Annotated[
         int, typer.Option(help="Of int8: 0 leaves activations as they are, 4 rounds them to int8.")

@@ -6,16 +6,14 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import Annotated
 
 import typer
 
 from lora_deploy.cli_adapter import Json, Quiet, adapter_app
-from lora_deploy.errors import LoraDeployError, UsageError
-from lora_deploy.terminal import make_console, print_json, print_report, show_progress
-
-if TYPE_CHECKING:
-    from lora_deploy.run.session import Weights
+from lora_deploy.cli_export import export, run, verify
+from lora_deploy.errors import LoraDeployError
+from lora_deploy.terminal import make_console, print_json, show_progress
 
 app = typer.Typer(
     name="lora-deploy",
@@ -26,11 +24,6 @@ app = typer.Typer(
 )
 
 app.add_typer(adapter_app)
-
-HowWeights = Annotated[
-    str,
-    typer.Option("--weights", help="How codes run: stored; expand, to float, on opening; native, our kernels, on cpu."),
-]
 
 
 @app.callback()
@@ -137,213 +130,9 @@ def train(
     console.print(f"the adapter is in {result.output}", soft_wrap=True, markup=False)
 
 
-@app.command()
-def export(
-    model: Annotated[str, typer.Option("--model", help="The base it was trained on: a directory or a hub id.")],
-    output: Annotated[Path, typer.Option("--output", help="Directory to write.")],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter", help="Directory of the adapter; may be repeated with --branch.", metavar="[NAME=]DIR"
-        ),
-    ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Merge the adapter into the dequantized weights.")] = False,
-    branch: Annotated[
-        bool, typer.Option("--branch", help="Keep the base's own codes, and adapters beside them, given per run.")
-    ] = False,
-    fixed: Annotated[bool, typer.Option("--fixed", help="With --branch: one adapter, built in.")] = False,
-    pool: Annotated[
-        bool, typer.Option("--pool", help="With --branch: all adapters built in, chosen for each row of a batch.")
-    ] = False,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the weights: fp32, fp16 or bf16; with --branch also nf4, fp4 or int8. "
-            "[default: fp32 on cpu, fp16 on cuda; with --branch what the base was in training]"
-        ),
-    ] = None,
-    compute_dtype: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16, where the weights are codes. [default: as for --precision]")
-    ] = None,
-    expand: Annotated[
-        bool,
-        typer.Option("--expand", help="With --branch: codes that standard operators turn into floats on loading."),
-    ] = False,
-    accuracy_level: Annotated[
-        int, typer.Option(help="Of int8: 0 leaves activations as they are, 4 rounds them to int8.")
-    ] = 0,
-    quantization: Annotated[
-        str, typer.Option(help="What the base was in training: auto, none, nf4, fp4 or int8.")
-    ] = "auto",
-    no_double_quant: Annotated[
-        bool, typer.Option("--no-double-quant", help="The absmax values were left alone.")
-    ] = False,
-    provider: Annotated[str, typer.Option(help="What it will run on: cpu or cuda.")] = "cpu",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave the parity check out.")] = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Export an adapter and its base to ONNX, and prove that nothing was lost."""
-    if merge == branch:
-        raise UsageError("say how the adapter is exported", remedy="add --merge or --branch")
-    if (fixed or pool or expand or compute_dtype) and not branch:
-        raise UsageError(
-            "--fixed, --pool, --expand and --compute-dtype go with --branch", remedy="add --branch, or leave them out"
-        )
-    if fixed and pool:
-        raise UsageError("a branch is fixed or pooled", found="--fixed --pool", remedy="leave one out")
-    console = make_console(quiet, as_json)
-    with show_progress(console) as on_progress:
-        from lora_deploy.export import export_onnx
-
-        result = export_onnx(
-            model,
-            _named(adapter or []),
-            output=output,
-            merge=merge,
-            branch=None if merge else "fixed" if fixed else "pooled" if pool else "hot-swap",
-            precision=precision,
-            compute_dtype=compute_dtype,
-            expand=expand,
-            accuracy_level=accuracy_level,
-            quantization=quantization,
-            double_quant=not no_double_quant,
-            provider=provider,
-            overwrite=overwrite,
-            verify=not no_verify,
-            on_progress=on_progress,
-        )
-    for warning in result.warnings:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
-    if result.report is not None:
-        print_report(console, result.report)
-    console.print(f"{result.bytes / 1e6:,.1f} MB in {result.output}", soft_wrap=True, markup=False)
-    if as_json:
-        report = result.report.model_dump() if result.report else None
-        print_json(
-            {"output": result.output, "bytes": result.bytes, "parity": report, "warnings": list(result.warnings)}
-        )
-
-
-def _named(adapters: list[str]) -> dict[str, str | Path]:
-    """`[NAME=]DIR` as directories by name; without one, the directory's own."""
-    named: dict[str, str | Path] = {}
-    for text in adapters:
-        name, separator, place = text.partition("=")
-        if not separator or Path(text).is_dir():
-            name, place = Path(text).resolve().name, text
-        if name in named:
-            raise UsageError("two adapters have the same name", found=name, remedy="give names: --adapter NAME=DIR")
-        named[name] = Path(place)
-    return named
-
-
-@app.command()
-def verify(
-    directory: Annotated[Path, typer.Argument(help="What export wrote.", metavar="OUT")],
-    model: Annotated[str | None, typer.Option("--model", help="The base, if it has moved.")] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter",
-            help="Check this adapter only; its directory, if it has moved or was converted later.",
-            metavar="NAME|[NAME=]DIR",
-        ),
-    ] = None,
-    weights: HowWeights = "stored",
-    provider: Annotated[str | None, typer.Option(help="cpu or cuda. [default: what it was made for]")] = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Compare an export with the model that was trained, anew."""
-    console = make_console(quiet, as_json)
-    with show_progress(console) as on_progress:
-        from lora_deploy.verify import verify as check
-
-        report = check(
-            directory,
-            model=model,
-            adapter=adapter,
-            provider=provider,
-            weights=cast("Weights", weights),
-            on_progress=on_progress,
-        )
-    print_report(console, report)
-    if as_json:
-        print_json(report.model_dump())
-    report.require(directory)
-
-
-@app.command()
-def run(
-    directory: Annotated[Path, typer.Argument(help="What export wrote.", metavar="OUT")],
-    prompt: Annotated[str, typer.Option("--prompt", help="What to say to the model.")],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--adapter", help="The adapter to run with; several, with weights, are blended.", metavar="NAME[=WEIGHT]"
-        ),
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="The system message, in the place of the template's own.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0: the most probable token; above: drawn by chance.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Draw from the tokens that reach this probability.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Makes drawing repeatable.")] = None,
-    no_chat_template: Annotated[bool, typer.Option("--no-chat-template", help="Take the prompt as it is.")] = False,
-    weights: HowWeights = "stored",
-    provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    quiet: Quiet = False,
-    as_json: Json = False,
-) -> None:
-    """Generate text from an export; it streams to the screen."""
-    from lora_deploy.run import OnnxModel
-
-    model = OnnxModel(
-        directory,
-        _blend(adapter or []),
-        provider=cast("Literal['cpu', 'cuda']", provider),
-        weights=cast("Weights", weights),
-    )
-    pieces = []
-    for piece in model.stream(
-        prompt,
-        chat_template=not no_chat_template,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-    ):
-        pieces.append(piece)
-        if not as_json:
-            print(piece, end="", flush=True)
-    if as_json:
-        print_json({"text": "".join(pieces), "tokens_per_second": model.tokens_per_second})
-        return
-    print()
-    if not quiet and model.tokens_per_second:
-        print(f"[{model.tokens_per_second:.1f} tokens/s]", file=sys.stderr)
-
-
-def _blend(adapters: list[str]) -> str | dict[str, float] | None:
-    """`NAME` or several `NAME=WEIGHT`."""
-    if not adapters:
-        return None
-    if len(adapters) == 1 and "=" not in adapters[0]:
-        return adapters[0]
-    weights = {}
-    for text in adapters:
-        name, _, weight = text.partition("=")
-        if name in weights:
-            raise UsageError("an adapter is named twice", found=name, remedy="give each one weight")
-        try:
-            weights[name] = float(weight)
-        except ValueError:
-            raise UsageError("a blend needs a weight for each adapter", found=text, expected="NAME=0.5") from None
-    return weights
+app.command()(export)
+app.command()(verify)
+app.command()(run)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["FP4_CODE", "NF4_CODE"]
+__all__ = ["CODES", "FP4_CODE", "NF4_CODE", "pair_table"]
 
 # QLoRA, appendix E (https://arxiv.org/abs/2305.14314): quantiles of the normal distribution, exact zero included.
 NF4_CODE = (
@@ -26,3 +26,11 @@ NF4_CODE = (
 # bitsandbytes' bit order: sign in the highest bit, then the magnitudes below, in twelfths.
 _FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 FP4_CODE = tuple(m / 12 for m in _FP4_MAGNITUDES) + tuple(-m / 12 for m in _FP4_MAGNITUDES)
+
+CODES = {"nf4": NF4_CODE, "fp4": FP4_CODE}
+
+
+def pair_table(scheme: str) -> list[tuple[float, float]]:
+    """The two values that each of the 256 bytes of codes stands for, the high nibble's first ("nf4" or "fp4")."""
+    code = CODES[scheme]
+    return [(code[byte >> 4], code[byte & 15]) for byte in range(256)]

@@ -9,7 +9,7 @@ import torch
 
 from lora_deploy.adapter import LoraAdapter
 from lora_deploy.adapter.packing import cast_branch, pack_slot, packed_rank
-from lora_deploy.export.sites import LinearSite, Product
+from lora_deploy.export.sites import LinearSite, Product, constant
 from lora_deploy.manifest import Slot, SlotPart
 
 __all__ = ["ADAPTER_IDS", "AdapterChoice", "add_branch", "add_slot_inputs", "make_slot", "stream_branches"]
@@ -40,7 +40,7 @@ def make_slot(site: LinearSite, modules: Mapping[str, str]) -> Slot:
 class AdapterChoice:
     """`adapter_ids` (batch,): which adapter of the pool each row runs with; -1, the default, for none.
 
-    Every row goes through the A of all adapters side by side, and what does not belong to it is masked out before B.
+    Every row goes through the A of all adapters side by side, and what is not its own is replaced by zero before B.
     Against gathering each row's own A and B this reads every adapter once and copies none.
 
     Args:
@@ -53,23 +53,20 @@ class AdapterChoice:
         self.model, self.count = model, count
         self.masks: dict[int, ir.Value] = {}
         self.nodes: list[ir.Node] = []
-        none = ir.Tensor(torch.full((1,), -1, dtype=torch.int64).numpy(), name=ADAPTER_IDS)
-        self.input = ir.val(ADAPTER_IDS, const_value=none)
-        model.graph.register_initializer(self.input)
+        self.input = constant(model, ADAPTER_IDS, [-1])
         self.input.shape = ir.Shape(["adapter_batch"])
         model.graph.inputs.append(self.input)
         zero = torch.zeros((), dtype=ir.tensor_adapters.to_torch_dtype(dtype))
-        self.zero = ir.val("adapter_zero", const_value=ir.tensor_adapters.TorchTensor(zero, name="adapter_zero"))
-        model.graph.register_initializer(self.zero)
+        self.zero = constant(model, "adapter_zero", zero)
 
     def mask(self, rank: int) -> ir.Value:
         """(batch, 1, count * rank): whose column it is."""
         if rank not in self.masks:
             if not self.nodes:
-                axes = self._constant("adapter_axes", torch.tensor([1, 2]))
+                axes = constant(self.model, "adapter_axes", [1, 2])
                 self.nodes.append(ir.node("Unsqueeze", [self.input, axes], name="adapter_ids.unsqueeze"))
             owners = torch.arange(self.count).repeat_interleave(rank)
-            owner = self._constant(f"adapter_owner_{rank}", owners[None, None])
+            owner = constant(self.model, f"adapter_owner_{rank}", owners[None, None])
             self.nodes.append(ir.node("Equal", [self.nodes[0].outputs[0], owner], name=f"adapter_mask_{rank}"))
             self.masks[rank] = self.nodes[-1].outputs[0]
         return self.masks[rank]
@@ -81,11 +78,6 @@ class AdapterChoice:
     def place(self) -> None:
         """Put the masks' nodes at the beginning of the graph, once all sites have asked for theirs."""
         self.model.graph.insert_before(self.model.graph[0], self.nodes)
-
-    def _constant(self, name: str, values: torch.Tensor) -> ir.Value:
-        value = ir.val(name, const_value=ir.Tensor(values.numpy(), name=name))
-        self.model.graph.register_initializer(value)
-        return value
 
 
 def add_branch(

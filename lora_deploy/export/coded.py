@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, cast
@@ -10,13 +11,13 @@ import onnx_ir as ir
 import torch
 import torch.nn.functional as F
 
-from lora_deploy.codes import FP4_CODE, NF4_CODE
+from lora_deploy.codes import pair_table
 from lora_deploy.errors import InputError
 from lora_deploy.export.graph import Segment, WeightSource
-from lora_deploy.export.sites import LinearSite, Product, matmul_transposed
+from lora_deploy.export.sites import LinearSite, Product, constant, matmul_transposed
 from lora_deploy.manifest import CodedWeight, StoredModule
 from lora_deploy.quantization import QuantizedWeight
-from lora_deploy.quantization.affine import affine_blocksize, to_affine8
+from lora_deploy.quantization.affine import AffineWeight, affine_blocksize, to_affine8
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.quantization.weight import Blockwise4BitWeight, Int8Weight
@@ -83,7 +84,7 @@ class CodedBase:
             outputs = list(nodes[-1].outputs)
         order = self._order(parameters, site.source.segments)
         if order is not None:
-            index = _constant(model, f"{site.name}.order", order)
+            index = constant(model, f"{site.name}.order", order)
             nodes.append(ir.node("Gather", [outputs[0], index], attributes={"axis": -1}, name=f"{site.name}.rows"))
             outputs = list(nodes[-1].outputs)
         return Product(tuple(nodes), outputs[0]), coded
@@ -186,15 +187,6 @@ def _module(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-def _constant(model: ir.Model, name: str, values: Sequence[int] | torch.Tensor) -> ir.Value:
-    """A small constant, shared by name."""
-    if name not in model.graph.initializers:
-        tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.int64)
-        value = ir.val(name, const_value=ir.Tensor(tensor.numpy(), name=name))
-        model.graph.register_initializer(value)
-    return model.graph.initializers[name]
-
-
 def _shapes(weight: CodedWeight) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of the initializers for codes and scales."""
     rows, columns = weight.shape
@@ -223,27 +215,20 @@ def _expand(
     if weight.scheme == "int8":
         values = add("Mul", [add("Cast", [codes], to=int(ir.DataType.FLOAT)), scales])
     else:
-        table = _constant(model, f"{weight.scheme}_pairs", _pairs(weight.scheme))
+        table = constant(model, f"{weight.scheme}_pairs", torch.tensor(pair_table(weight.scheme)))
         pairs = add("Gather", [table, add("Cast", [codes], to=int(ir.DataType.INT32))])
-        shape = _constant(model, f"blocks_of_{weight.blocksize}", [-1, weight.blocksize])
+        shape = constant(model, f"blocks_of_{weight.blocksize}", [-1, weight.blocksize])
         values = add("Mul", [add("Reshape", [pairs, shape]), scales])
         if rows * columns % weight.blocksize:
-            flat = add("Reshape", [values, _constant(model, "flat", [-1])])
-            end = _constant(model, f"end_{rows * columns}", [rows * columns])
-            values = add("Slice", [flat, _constant(model, "start_0", [0]), end])
-        values = add("Reshape", [values, _constant(model, f"shape_{rows}_{columns}", [rows, columns])])
+            flat = add("Reshape", [values, constant(model, "flat", [-1])])
+            end = constant(model, f"end_{rows * columns}", [rows * columns])
+            values = add("Slice", [flat, constant(model, "start_0", [0]), end])
+        values = add("Reshape", [values, constant(model, f"shape_{rows}_{columns}", [rows, columns])])
     if dtype != ir.DataType.FLOAT:
         values = add("Cast", [values], to=int(dtype))
     values.name, values.type, values.shape = weight.output, ir.TensorType(dtype), ir.Shape((rows, columns))
     product = add("MatMul", [x, add("Transpose", [values], perm=[1, 0])])
     return Product(tuple(nodes), product)
-
-
-def _pairs(scheme: str) -> torch.Tensor:
-    """float32 (256, 2): the two values that a byte of codes stands for."""
-    code = torch.tensor(NF4_CODE if scheme == "nf4" else FP4_CODE)
-    byte = torch.arange(256)
-    return torch.stack([code[byte >> 4], code[byte & 15]], dim=1)
 
 
 def encode(weight: QuantizedWeight, coded: CodedWeight) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,8 +265,7 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, coded: CodedWeight, shape:
         return Blockwise4BitWeight(codes, scales, shape, coded.scheme, coded.blocksize).dequantize()
     if coded.operator == "expand":
         return codes.view(shape).float() * scales[:, None]
-    values = (codes.float() - 128).view(rows, -1, coded.blocksize) * scales.view(rows, -1, 1)
-    return values.view(rows, -1)[:, :columns].contiguous()
+    return AffineWeight(codes.view(rows, -1), scales.view(rows, -1), columns, coded.blocksize).dequantize()
 
 
 def stream_codes(
@@ -310,10 +294,7 @@ def stream_codes(
         codes_shape, scales_shape = _shapes(weight)
         codes, scales = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
         del parts
-        size = 1
-        for length in codes_shape:
-            size *= length
-        yield weight.codes, F.pad(codes, (0, size - codes.numel())).view(codes_shape)
+        yield weight.codes, F.pad(codes, (0, math.prod(codes_shape) - codes.numel())).view(codes_shape)
         dtype = ir.tensor_adapters.to_torch_dtype(cast(ir.DataType, model.graph.initializers[weight.scales].dtype))
         yield weight.scales, _cast_scales(scales, dtype, weight, base).view(scales_shape)
 

@@ -111,7 +111,8 @@ def _dtype_of(model: ir.Model) -> ir.DataType:
 def fuse_silu(model: ir.Model) -> None:
     """x * sigmoid(x) as one node, `QuickGelu` of alpha 1, in place.
 
-    onnxruntime does the same when it opens a model, in float32 and float16; in bfloat16 it has no such kernel.
+    onnxruntime does the same when it opens a model on a CPU. bfloat16 graphs are left as they are: whether onnxruntime
+    has the kernel there has not been tried.
     """
 
     def silu(op: Any, x: ir.Value) -> ir.Value:

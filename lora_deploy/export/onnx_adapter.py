@@ -16,7 +16,7 @@ from lora_deploy.export.merge import drop_copies
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, read_metadata
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
-from lora_deploy.run.session import import_onnxruntime
+from lora_deploy.run.session import host_ortvalue, import_onnxruntime, numpy_dtype
 
 __all__ = ["check_name", "convert_adapter", "write_onnx_adapter"]
 
@@ -24,7 +24,6 @@ __all__ = ["check_name", "convert_adapter", "write_onnx_adapter"]
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
 
 _FORMAT_VERSION = 1
-_ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 
 def check_name(name: str) -> None:
@@ -128,7 +127,7 @@ def write_onnx_adapter(adapter: LoraAdapter, manifest: Manifest, directory: str 
     container.set_adapter_version(_FORMAT_VERSION)
     container.set_model_version(manifest.fingerprint)
     # Kept until the file is written: the container has no share in the memory of what it is given.
-    parameters = {key: _to_ortvalue(onnxruntime, values) for key, values in tensors}
+    parameters = {key: _to_ortvalue(values) for key, values in tensors}
     container.set_parameters(parameters)
     try:
         file.parent.mkdir(exist_ok=True)
@@ -144,7 +143,7 @@ def write_onnx_adapter(adapter: LoraAdapter, manifest: Manifest, directory: str 
     return file
 
 
-def _to_ortvalue(onnxruntime: Any, values: torch.Tensor) -> Any:
+def _to_ortvalue(values: torch.Tensor) -> Any:
     if values.dtype == torch.bfloat16:
-        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(values.view(torch.int16).numpy(), _ONNX_BFLOAT16)
-    return onnxruntime.OrtValue.ortvalue_from_numpy(values.contiguous().numpy())
+        return host_ortvalue(values.view(torch.int16).numpy().view(numpy_dtype("bf16")))
+    return host_ortvalue(values.contiguous().numpy())

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
+import torch
 
 from lora_deploy.export.graph import Segment, WeightSource
 
-__all__ = ["Linear", "LinearSite", "Product", "find_sites", "matmul_transposed", "replace_site", "share_initializers"]
+__all__ = [
+    "Linear",
+    "LinearSite",
+    "Product",
+    "constant",
+    "find_sites",
+    "matmul_transposed",
+    "replace_site",
+    "share_initializers",
+]
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,15 @@ def matmul_transposed(x: ir.Value, weight: ir.Value, name: str) -> Product:
     return Product((node,), node.outputs[0])
 
 
+def constant(model: ir.Model, name: str, values: Sequence[int] | torch.Tensor) -> ir.Value:
+    """A small constant of the graph, shared by name; int64 where it is given as plain numbers."""
+    if name not in model.graph.initializers:
+        tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.int64)
+        value = ir.val(name, const_value=ir.tensor_adapters.TorchTensor(tensor, name=name))
+        model.graph.register_initializer(value)
+    return model.graph.initializers[name]
+
+
 def replace_site(model: ir.Model, site: LinearSite, product: Product) -> None:
     """Let a product take the place of a site's layers, in place; it is split where there are several.
 
@@ -171,11 +189,7 @@ def replace_site(model: ir.Model, site: LinearSite, product: Product) -> None:
     """
     graph, nodes, outputs = model.graph, list(product.nodes), [product.output]
     if len(site.linears) > 1:
-        sizes = ir.val(
-            f"{site.name}.widths",
-            const_value=ir.Tensor(np.array(site.widths, np.int64), name=f"{site.name}.widths"),
-        )
-        graph.register_initializer(sizes)
+        sizes = constant(model, f"{site.name}.widths", site.widths)
         split = ir.node("Split", [product.output, sizes], attributes={"axis": -1}, num_outputs=len(site.linears))
         split.name = f"{site.name}.split"
         nodes.append(split)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from lora_deploy.codes import FP4_CODE, NF4_CODE
+from lora_deploy.codes import CODES
 from lora_deploy.quantization.weight import Blockwise4BitWeight, Int8Weight, QuantizedWeight
 
 __all__ = ["AffineWeight", "affine_blocksize", "round_to_nearest", "to_affine8"]
@@ -84,7 +84,7 @@ def to_affine8(weight: QuantizedWeight) -> AffineWeight:
         return AffineWeight(codes, scales.contiguous(), columns, blocksize)
     if isinstance(weight, Blockwise4BitWeight) and _lines_up(columns, weight.blocksize):
         steps = _STEPS[weight.scheme]
-        code = torch.tensor(NF4_CODE if weight.scheme == "nf4" else FP4_CODE)
+        code = torch.tensor(CODES[weight.scheme])
         grid = ((code * steps).round() + 128).to(torch.uint8)
         nibbles = torch.stack([weight.codes >> 4, weight.codes & 15], dim=1).view(-1)[: rows * columns]
         blocksize = affine_blocksize(weight.scheme, columns, weight.blocksize)

@@ -90,6 +90,7 @@ class TrainingBase:
             self.linears[self.head] = _describe(skeleton.get_submodule(self.head))
         self.dtype = self._loading_dtype()
         self._sha256: str | None = None
+        self._codes_of: dict[str, tuple[str, int]] = {}
         self._check()
 
     def _real_ties(self, aliases: dict[str, str]) -> dict[str, str]:
@@ -200,6 +201,11 @@ class TrainingBase:
 
         A checkpoint may hold layers of other kinds and block sizes than its configuration says.
         """
+        if module not in self._codes_of:
+            self._codes_of[module] = self._find_codes(module)
+        return self._codes_of[module]
+
+    def _find_codes(self, module: str) -> tuple[str, int]:
         if not self.holds_codes(module):
             return "none", 0
         prefix = self._require_key(f"{module}.weight").removesuffix("weight")

@@ -7,7 +7,7 @@ import torch
 from bitsandbytes import functional as bnb
 from numpy.typing import NDArray
 
-from lora_deploy.codes import FP4_CODE, NF4_CODE
+from lora_deploy.codes import CODES
 from lora_deploy.errors import InputError
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.weight import (
@@ -94,7 +94,7 @@ def _quantize_4bit_on_cpu(flat: torch.Tensor, scheme: QuantizationScheme) -> tup
         scaled = torch.cat([scaled, (flat[whole:] / last).clamp_(-1, 1)])
     if scaled.numel() % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
-    code = torch.tensor(NF4_CODE if scheme.method == "nf4" else FP4_CODE)
+    code = torch.tensor(CODES[scheme.method])
     order = torch.argsort(code)
     midpoints = (code[order[:-1]] + code[order[1:]]) / 2
     level = torch.from_numpy(_count_below(scaled.numpy(), midpoints.numpy()))

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from lora_deploy.codes import FP4_CODE, NF4_CODE
+from lora_deploy.codes import pair_table
 
 __all__ = ["Blockwise4BitWeight", "DenseWeight", "Int8Weight", "QuantizedWeight"]
 
@@ -142,6 +142,4 @@ class Blockwise4BitWeight:
 @lru_cache(maxsize=8)
 def _pair_table(scheme: str, device: torch.device) -> torch.Tensor:
     """(256, 2): the two values that a byte of codes stands for. Looking up bytes halves the gathers."""
-    code = torch.tensor(NF4_CODE if scheme == "nf4" else FP4_CODE, dtype=torch.float32, device=device)
-    byte = torch.arange(256, device=device)
-    return torch.stack([code[byte >> 4], code[byte & 15]], dim=1)
+    return torch.tensor(pair_table(scheme), dtype=torch.float32, device=device)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lora_deploy.errors import CheckpointError, UsageError
 from lora_deploy.manifest import Manifest
 
-__all__ = ["Cache", "OnnxSession", "import_onnxruntime", "numpy_dtype", "numpy_of"]
+__all__ = ["Cache", "OnnxSession", "host_ortvalue", "import_onnxruntime", "numpy_dtype", "numpy_of"]
 
 # Keys and values of all layers, by the name of the input that takes them.
 Cache = dict[str, Any]
@@ -139,8 +139,7 @@ class OnnxSession:
             shape = [size if isinstance(size, int) else 0 for size in node.shape]
             shape[0] = batch
             if node.type == "tensor(bfloat16)":
-                empty = np.zeros(shape, np.uint16)
-                cache[node.name] = self._onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(empty, _ONNX_BFLOAT16)
+                cache[node.name] = host_ortvalue(np.zeros(shape, numpy_dtype("bf16")))
             else:
                 cache[node.name] = self.upload(np.zeros(shape, _NUMPY_TYPES[node.type]))
         return cache
@@ -149,11 +148,11 @@ class OnnxSession:
         """Copy an array to the device, once, as something that `forward` takes. On the CPU it stays where it is."""
         ortvalue = self._onnxruntime.OrtValue
         array = np.ascontiguousarray(array)
+        if self.provider == "cpu":
+            return host_ortvalue(array)
         if array.dtype.name != "bfloat16":
             return ortvalue.ortvalue_from_numpy(array, self.provider, 0)
-        host = ortvalue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _ONNX_BFLOAT16)
-        if self.provider == "cpu":
-            return host
+        host = host_ortvalue(array)
         device = ortvalue.ortvalue_from_shape_and_type(list(array.shape), _ONNX_BFLOAT16, self.provider, 0)
         self._onnxruntime.copy_tensors([host], [device])
         return device
@@ -193,6 +192,14 @@ class OnnxSession:
         outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
         present = {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
         return numpy_of(present.pop("logits")).astype(np.float32, copy=False), present
+
+
+def host_ortvalue(array: NDArray[Any]) -> Any:
+    """An OrtValue on the CPU that shares the array's memory; also in bfloat16, which numpy itself does not know."""
+    ortvalue = import_onnxruntime().OrtValue
+    if array.dtype.name == "bfloat16":
+        return ortvalue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _ONNX_BFLOAT16)
+    return ortvalue.ortvalue_from_numpy(array)
 
 
 def numpy_dtype(compute_dtype: str) -> np.dtype[Any]:

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from lora_deploy.codes import FP4_CODE, NF4_CODE
+from lora_deploy.codes import pair_table
 from lora_deploy.errors import UsageError
 from lora_deploy.manifest import CodedWeight, Manifest
 from lora_deploy.run.session import import_onnxruntime, numpy_dtype
@@ -221,9 +221,7 @@ def _dequantize(codes: NDArray[Any], scales: NDArray[np.float32], weight: CodedW
         blocks -= 128
         blocks *= scales.reshape(rows, -1, 1)
         return blocks.reshape(rows, -1)[:, :columns]
-    code = np.array(NF4_CODE if weight.scheme == "nf4" else FP4_CODE, np.float32)
-    byte = np.arange(256)
-    table = np.stack([code[byte >> 4], code[byte & 15]], axis=1)
+    table = np.array(pair_table(weight.scheme), np.float32)
     codes, scales = codes.reshape(-1), scales.reshape(-1)
     pairs = np.empty((codes.size, 2), np.float32)
     for start in range(0, codes.size, _PIECE):

@@ -1,0 +1,148 @@
+"""The text that quantization is calibrated on and measured with: the training data's own, and some of everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lora_deploy.errors import CheckpointError, DataError
+from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.train.data import IGNORED, read_records
+from lora_deploy.train.encode import encode
+
+__all__ = ["GENERAL", "Text", "load_text", "pick_text"]
+
+GENERAL = Path(__file__).with_name("calibration.jsonl")
+"""Some of everything, written for this purpose."""
+
+_LENGTH = 128  # tokens that are kept of a row
+
+
+@dataclass(frozen=True, eq=False)
+class Text:
+    """Rows of tokens, padded on the right.
+
+    Attributes:
+        name: "task" or "general".
+        source: The file; empty where the tokens are random ones.
+        input_ids: int64 (rows, length).
+        labels: int64 (rows, length): the token where a model is judged by how it predicts it, IGNORED elsewhere.
+        attention_mask: int64 (rows, length).
+    """
+
+    name: str
+    source: str
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    attention_mask: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def batches(self, rows: int) -> Iterator[Text]:
+        """A few rows at a time, cut to their own length."""
+        for start in range(0, len(self), rows):
+            mask = self.attention_mask[start : start + rows]
+            length = int(mask.sum(dim=1).max())
+            yield replace(
+                self,
+                input_ids=self.input_ids[start : start + rows, :length],
+                labels=self.labels[start : start + rows, :length],
+                attention_mask=mask[:, :length],
+            )
+
+
+def load_text(name: str, file: Path, base: TrainingBase, rows: int, skip: int = 0) -> Text:
+    """Rows of a JSONL file of training data, evenly from all of it.
+
+    Args:
+        name: "task" or "general".
+        file: The file.
+        base: The training base; its tokenizer reads the text.
+        rows: At most so many.
+        skip: Leaves every row out that a call with this many rows, and no skip, takes.
+
+    Raises:
+        DataError: The file is missing or malformed.
+    """
+    tokenizer = _tokenizer(base)
+    if tokenizer is None:
+        return _random_text(name, base, rows, seed=1 if skip else 0)
+    length = min(_LENGTH, base.config.max_position_embeddings)
+    encoded = [
+        encode(f"{file}, line {number}", _flatten(record, tokenizer), tokenizer, chat_template=True)
+        for number, record in read_records(file)
+    ]
+    kept = [(ids[:length], learned[:length]) for ids, learned in encoded if any(learned[1:length])]
+    if skip and len(kept) > skip:
+        taken = set(_spread(len(kept), skip))
+        kept = [row for number, row in enumerate(kept) if number not in taken]
+    if not kept:
+        raise DataError("the data has no text to calibrate on", file=file)
+    chosen = [kept[number] for number in _spread(len(kept), rows)]
+    ids = [torch.tensor(row) for row, _ in chosen]
+    learned = [torch.tensor(marks) for _, marks in chosen]
+    return _pad(name, str(file), ids, [torch.where(mark, row, IGNORED) for row, mark in zip(ids, learned, strict=True)])
+
+
+def _flatten(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """A chat as plain text, for a tokenizer that has no template."""
+    if "messages" not in record or tokenizer.chat_template:
+        return record
+    return {"text": "\n\n".join(message["content"] for message in record["messages"])}
+
+
+def pick_text(base: TrainingBase, data: Sequence[str | Path | None], rows: int, *, skip: int = 0) -> list[Text]:
+    """Half the rows from the training data, if any of it is there, and the other half from the text that is shipped.
+
+    Args:
+        base: The training base.
+        data: Files of training data; those that are None or not there are left out.
+        rows: Of all texts together.
+        skip: As `load_text`.
+    """
+    files = [Path(file) for file in data if file is not None and Path(file).is_file()]
+    files = list(dict.fromkeys(files))
+    half = rows if not files else max(rows // 2, 1)
+    texts = []
+    for file in files:
+        try:
+            texts.append(load_text("task", file, base, max(half // len(files), 1), skip))
+        except (DataError, CheckpointError):  # it has changed since, or was read without the chat template
+            continue
+    return [*texts, load_text("general", GENERAL, base, half if texts else rows, skip)]
+
+
+def _tokenizer(base: TrainingBase) -> PreTrainedTokenizerBase | None:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.directory)
+        known = bool(tokenizer("A word.")["input_ids"])
+    except Exception:  # what transformers raises for a missing or a damaged tokenizer has no common base
+        return None
+    return tokenizer if known and tokenizer.eos_token_id is not None else None
+
+
+def _random_text(name: str, base: TrainingBase, rows: int, seed: int) -> Text:
+    """For bases without a tokenizer."""
+    length = min(64, base.config.max_position_embeddings)
+    ids = torch.randint(0, base.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return Text(name, "", ids, ids.clone(), torch.ones_like(ids))
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    if wanted >= count:
+        return list(range(count))
+    return [int(number * count / wanted) for number in range(wanted)]
+
+
+def _pad(name: str, source: str, rows: list[torch.Tensor], labels: list[torch.Tensor]) -> Text:
+    def pad(values: list[torch.Tensor], fill: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
+
+    mask = pad([torch.ones_like(row) for row in rows], 0)
+    return Text(name, source, pad(rows, 0), pad(labels, IGNORED), mask)

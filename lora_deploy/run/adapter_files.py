@@ -123,7 +123,7 @@ def _check_slot(file: Path, slot: Slot, arrays: Sequence[NDArray[Any]], dtype: n
     first = arrays[0]
     shapes = slot.input_shapes(first.shape[-1] if first.ndim else 0)
     int8 = slot.int8_blocks is not None
-    types = [np.dtype(np.int8), np.dtype(np.float32)] * 2 if int8 else [dtype] * 2
+    types: list[np.dtype[Any]] = [np.dtype(np.int8), np.dtype(np.float32)] * 2 if int8 else [dtype] * 2
     if [(array.shape, array.dtype) for array in arrays] != list(zip(shapes, types, strict=True)):
         raise AdapterError(
             "an update of the adapter does not fit its slot",

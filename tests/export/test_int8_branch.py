@@ -1,4 +1,4 @@
-"""A branch whose A and B are stored as int8: next to the trained function, folded where built in, nothing stored twice."""
+"""A branch with A and B in int8: next to the trained function, folded where built in, and nothing stored twice."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_a_blend_of_one_whole_adapter_is_that_adapter(int8: BranchExport) -> Non
     assert np.abs(_logits(session, adapters.inputs({"own": 1.0, "wide": 0.0})) - own).max() < 1e-5
 
 
-@pytest.mark.parametrize(("compute", "weight"), [("fp32", 1e39), ("fp16", 1e7)])
+@pytest.mark.parametrize(("compute", "weight"), [("fp32", 1e39), ("fp16", 2e5)])
 def test_a_blend_that_overflows_is_refused(compute: str, weight: float, branch_export: BranchFactory) -> None:
     """In fp16 it is not the scale that overflows, but the scale times the code."""
     made = branch_export("llama", "nf4", adapters=ADAPTERS, compute_dtype=compute, adapter_precision="int8")

@@ -57,6 +57,13 @@ def export(
     accuracy_level: Annotated[
         int, typer.Option(help="Of int8: 0 leaves activations as they are, 4 rounds them to int8.")
     ] = 0,
+    adapter_precision: Annotated[
+        str | None,
+        typer.Option(
+            help="With --branch, without --pool: int8 stores A and B as int8 codes with blockwise scales. "
+            "[default: floats, as the graph computes]"
+        ),
+    ] = None,
     quantization: Annotated[
         str, typer.Option(help="What the base was in training: auto, none, nf4, fp4 or int8.")
     ] = "auto",
@@ -72,9 +79,10 @@ def export(
     """Export an adapter and its base to ONNX, and prove that nothing was lost."""
     if merge == branch:
         raise UsageError("say how the adapter is exported", remedy="add --merge or --branch")
-    if (fixed or pool or expand or compute_dtype) and not branch:
+    if (fixed or pool or expand or compute_dtype or adapter_precision) and not branch:
         raise UsageError(
-            "--fixed, --pool, --expand and --compute-dtype go with --branch", remedy="add --branch, or leave them out"
+            "--fixed, --pool, --expand, --compute-dtype and --adapter-precision go with --branch",
+            remedy="add --branch, or leave them out",
         )
     if fixed and pool:
         raise UsageError("a branch is fixed or pooled", found="--fixed --pool", remedy="leave one out")
@@ -92,6 +100,7 @@ def export(
             compute_dtype=compute_dtype,
             expand=expand,
             accuracy_level=accuracy_level,
+            adapter_precision=adapter_precision,
             quantization=quantization,
             double_quant=not no_double_quant,
             provider=provider,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -28,6 +28,7 @@ __all__ = [
 ]
 
 BranchKind = Literal["fixed", "hot-swap", "pooled"]
+_Rank = TypeVar("_Rank", int, str)
 
 # Where an export keeps the adapters that it can be given: adapters/NAME.onnx_adapter.
 ADAPTER_DIRECTORY, ADAPTER_SUFFIX = "adapters", ".onnx_adapter"
@@ -126,28 +127,63 @@ class Slot(_Entry):
         inputs: Width of x; A is (inputs, rank).
         outputs: Width of the product; B is (rank, outputs), scaling included.
         parts: Which layer each output belongs to, in order.
+        int8_blocks: Where A and B are stored as int8 codes: how many of them share a float32 scale, in A, along the
+            inputs, and in B, along the outputs. None where they are stored as floats that the graph computes with.
     """
 
     name: str
     inputs: int
     outputs: int
     parts: tuple[SlotPart, ...]
+    int8_blocks: tuple[int, int] | None = None
 
     @property
-    def input_names(self) -> tuple[str, str]:
+    def matrix_names(self) -> tuple[str, str]:
         """The names of A and B. No dots: clients take an input with ".key" or ".value" in its name for a cache."""
         path = self.name.replace(".", "/")
         return f"{path}/lora_A", f"{path}/lora_B"
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the tensors that hold A and B: their own, or those of codes and scales of A and then of B."""
+        if self.int8_blocks is None:
+            return self.matrix_names
+        return tuple(f"{name}_{part}" for name in self.matrix_names for part in ("codes", "scales"))
+
+    def input_shapes(self, rank: _Rank) -> tuple[tuple[int | _Rank, ...], ...]:
+        """The shapes of these tensors in a graph whose slots take any adapter.
+
+        Args:
+            rank: A number or a name.
+        """
+        if self.int8_blocks is None:
+            return (self.inputs, rank), (rank, self.outputs)
+        block_a, block_b = self.int8_blocks
+        blocks_a, blocks_b = self.inputs // block_a, self.outputs // block_b
+        return (blocks_a, block_a, rank), (blocks_a, 1, rank), (rank, blocks_b, block_b), (rank, blocks_b, 1)
 
     @property
     def modules(self) -> tuple[str, ...]:
         """The layers, each once, in order."""
         return tuple(dict.fromkeys(part.module for part in self.parts))
 
+    def places(self, module: str) -> Iterator[tuple[slice, list[int]]]:
+        """Where a layer's outputs are: columns of B, and the rows of the layer that they are."""
+        column = 0
+        for part in self.parts:
+            start, column = column, column + len(part.indices())
+            if part.module == module:
+                yield slice(start, column), list(part.indices())
+
 
 _CODED = TypeAdapter(tuple[CodedWeight, ...])
 _SLOTS = TypeAdapter(tuple[Slot, ...])
 _NAMES = TypeAdapter(tuple[str, ...])
+
+
+def _dump_slots(slots: tuple[Slot, ...]) -> str:
+    """As JSON. What is None is left out, so that slots of floats keep the fingerprint that their files carry."""
+    return _SLOTS.dump_json(slots, exclude_none=True).decode()
 
 
 class Manifest(_Entry):
@@ -179,7 +215,7 @@ class Manifest(_Entry):
 
         The file format has no room for more, and an adapter for another base fits the shapes of any fine-tune.
         """
-        slots = _SLOTS.dump_json(self.slots).decode()
+        slots = _dump_slots(self.slots)
         text = f"{self.base_sha256}\n{self.quantization}\n{self.compute_dtype}\n{slots}"
         digest = hashlib.sha256(text.encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
@@ -194,7 +230,7 @@ class Manifest(_Entry):
             "quantization": self.quantization or None,
             "branch": self.branch,
             "coded": _CODED.dump_json(self.coded).decode() if self.coded else None,
-            "slots": _SLOTS.dump_json(self.slots).decode() if self.slots else None,
+            "slots": _dump_slots(self.slots) if self.slots else None,
             "pool": json.dumps(self.pool) if self.pool else None,
         }
         return {f"{_PREFIX}{name}": value for name, value in found.items() if value is not None}

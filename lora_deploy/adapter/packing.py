@@ -1,16 +1,29 @@
-"""An adapter's updates as the two matrices of each slot of a graph."""
+"""An adapter's updates as the two matrices of each slot of a graph, in floats or in int8 codes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
-from lora_deploy.adapter.adapter import LoraAdapter
+from lora_deploy.adapter.adapter import LoraAdapter, LoraUpdate
+from lora_deploy.adapter.int8 import dequantize, join_blocks, quantize_a, quantize_b
 from lora_deploy.errors import AdapterError
 from lora_deploy.manifest import Slot
 
-__all__ = ["cast_branch", "check_slots", "pack_slot", "pack_slots", "packed_rank"]
+__all__ = [
+    "Strip",
+    "cast_branch",
+    "check_slots",
+    "deployed_adapter",
+    "pack_slot",
+    "pack_slots",
+    "pack_strips",
+    "packed_rank",
+    "slot_strips",
+]
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -43,12 +56,8 @@ def pack_slot(slot: Slot, adapter: LoraAdapter) -> tuple[torch.Tensor, torch.Ten
         start, end = end, end + update.A.shape[0]
         a[:, start:end] = update.A.t()
         scaled = (update.B.float() * update.scaling).t()
-        column = 0
-        for part in slot.parts:
-            rows = part.indices()
-            if part.module == module:
-                b[start:end, column : column + len(rows)] = scaled[:, list(rows)]
-            column += len(rows)
+        for columns, rows in slot.places(module):
+            b[start:end, columns] = scaled[:, rows]
     return a, b
 
 
@@ -67,8 +76,113 @@ def pack_slots(slots: Iterable[Slot], adapter: LoraAdapter, compute_dtype: str) 
         AdapterError: A value is not finite in that type.
     """
     for slot in slots:
-        for name, values in zip(slot.input_names, pack_slot(slot, adapter), strict=True):
-            yield name, cast_branch(values, compute_dtype, name, adapter.source)
+        tensors: Sequence[torch.Tensor]
+        if slot.int8_blocks is None:
+            named = zip(slot.matrix_names, pack_slot(slot, adapter), strict=True)
+            tensors = [cast_branch(values, compute_dtype, name, adapter.source) for name, values in named]
+        else:
+            tensors = _quantize_slot(slot, adapter)
+            _check_finite(slot, tensors, adapter, compute_dtype)
+        yield from zip(slot.input_names, tensors, strict=True)
+
+
+def _quantize_slot(slot: Slot, adapter: LoraAdapter) -> tuple[torch.Tensor, ...]:
+    """Codes and scales of A, codes and scales of B."""
+    assert slot.int8_blocks is not None
+    a, b = pack_slot(slot, adapter)
+    return (*quantize_a(a, slot.int8_blocks[0]), *quantize_b(b, slot.int8_blocks[1]))
+
+
+def _check_finite(slot: Slot, tensors: Sequence[torch.Tensor], adapter: LoraAdapter, compute_dtype: str) -> None:
+    """Make sure that what codes and scales stand for is finite in the type that the graph computes in."""
+    for name, codes, scales in zip(slot.matrix_names, tensors[::2], tensors[1::2], strict=True):
+        cast_branch(dequantize(codes, scales), compute_dtype, name, adapter.source)
+
+
+class Strip(NamedTuple):
+    """The rows of a slot's B that belong to one layer, and the columns outside of which they are zero.
+
+    Attributes:
+        rank: How many rows.
+        start: The first column.
+        stop: One past the last.
+    """
+
+    rank: int
+    start: int
+    stop: int
+
+
+def slot_strips(slot: Slot, adapter: LoraAdapter) -> list[Strip]:
+    """What of B is not zero by construction: a strip for each layer that the adapter changes, in order."""
+    strips = []
+    for module in slot.modules:
+        if module in adapter.updates:
+            columns = [columns for columns, _ in slot.places(module)]
+            strips.append(Strip(adapter.updates[module].A.shape[0], columns[0].start, columns[-1].stop))
+    return strips
+
+
+def pack_strips(slots: Iterable[Slot], adapter: LoraAdapter, compute_dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """As `pack_slots` of int8 slots, but of B's codes and scales only those inside its strips, one after the other.
+
+    Args:
+        slots: The graph's, with A and B in int8.
+        adapter: What goes there.
+        compute_dtype: Of the graph: "fp32", "fp16" or "bf16".
+
+    Yields:
+        Name of the initializer and its values; B's are flat.
+
+    Raises:
+        AdapterError: A value is not finite in that type.
+    """
+    for slot in slots:
+        assert slot.int8_blocks is not None
+        codes_a, scales_a, codes_b, scales_b = tensors = _quantize_slot(slot, adapter)
+        _check_finite(slot, tensors, adapter, compute_dtype)
+        block, row = slot.int8_blocks[1], 0
+        codes, scales = [], []
+        for rank, start, stop in slot_strips(slot, adapter):
+            rows = slice(row, row + rank)
+            codes.append(codes_b.flatten(1)[rows, start:stop].flatten())
+            # Rounded up, for one block may serve all the slot's outputs.
+            scales.append(scales_b[rows, start // block : -(-stop // block)].flatten())
+            row += rank
+        yield from zip(slot.input_names, (codes_a, scales_a, torch.cat(codes), torch.cat(scales)), strict=True)
+
+
+def deployed_adapter(adapter: LoraAdapter, slots: Iterable[Slot]) -> LoraAdapter:
+    """The adapter that a graph runs: with A and B as they are after rounding, where the slots store them as int8.
+
+    What is between it and the adapter itself is the error of deployment; what is between it and the graph is the error
+    of the export.
+
+    Args:
+        adapter: The one that was trained.
+        slots: The graph's; none for an adapter that is merged.
+
+    Returns:
+        An adapter whose int8 updates hold the float32 values of the codes, the scaling in B.
+    """
+    updates = dict(adapter.updates)
+    rounded: set[str] = set()
+    for slot in slots:
+        if slot.int8_blocks is None:
+            continue
+        codes_a, scales_a, codes_b, scales_b = _quantize_slot(slot, adapter)
+        a, b = join_blocks(dequantize(codes_a, scales_a), dequantize(codes_b, scales_b))
+        end = 0
+        for module in slot.modules:
+            if module not in adapter.updates:
+                continue
+            start, end = end, end + adapter.updates[module].A.shape[0]
+            if module not in rounded:  # a layer may have its outputs in several slots
+                updates[module] = LoraUpdate(a[:, start:end].t(), torch.zeros(adapter.updates[module].B.shape), 1.0)
+                rounded.add(module)
+            for columns, rows in slot.places(module):
+                updates[module].B[rows] = b[start:end, columns].t()
+    return replace(adapter, updates=updates)
 
 
 def cast_branch(values: torch.Tensor, compute_dtype: str, name: str, source: str) -> torch.Tensor:

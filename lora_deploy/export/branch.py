@@ -8,7 +8,9 @@ import onnx_ir as ir
 import torch
 
 from lora_deploy.adapter import LoraAdapter
-from lora_deploy.adapter.packing import cast_branch, pack_slot, packed_rank
+from lora_deploy.adapter.int8 import choose_blocks
+from lora_deploy.adapter.packing import Strip, cast_branch, pack_slot, pack_strips, packed_rank
+from lora_deploy.export.int8_branch import add_int8_matrices
 from lora_deploy.export.sites import LinearSite, Product, constant
 from lora_deploy.manifest import Slot, SlotPart
 
@@ -17,12 +19,13 @@ __all__ = ["ADAPTER_IDS", "AdapterChoice", "add_branch", "add_slot_inputs", "mak
 ADAPTER_IDS = "adapter_ids"
 
 
-def make_slot(site: LinearSite, modules: Mapping[str, str]) -> Slot:
+def make_slot(site: LinearSite, modules: Mapping[str, str], *, int8: bool) -> Slot:
     """The slot of a site.
 
     Args:
         site: The linear layers.
         modules: Names of layers that share their weight with another (a tied head), by that other's name.
+        int8: Whether A and B are stored as int8 codes.
     """
     parts = []
     for segment in site.source.segments:
@@ -34,7 +37,8 @@ def make_slot(site: LinearSite, modules: Mapping[str, str]) -> Slot:
             parts.append(SlotPart(module=module, rows=segment.rows, in_order=False))
     outputs, inputs = site.shape
     own = site.name.removesuffix(".weight")
-    return Slot(name=modules.get(own, own), inputs=inputs, outputs=outputs, parts=tuple(parts))
+    blocks = choose_blocks(inputs, [len(part.indices()) for part in parts]) if int8 else None
+    return Slot(name=modules.get(own, own), inputs=inputs, outputs=outputs, parts=tuple(parts), int8_blocks=blocks)
 
 
 class AdapterChoice:
@@ -81,27 +85,41 @@ class AdapterChoice:
 
 
 def add_branch(
-    model: ir.Model, site: LinearSite, slot: Slot, base: Product, rank: int | None, choice: AdapterChoice | None
+    model: ir.Model,
+    site: LinearSite,
+    slot: Slot,
+    base: Product,
+    rank: int | None,
+    *,
+    choice: AdapterChoice | None = None,
+    strips: Sequence[Strip] = (),
 ) -> Product:
     """The base's product with the slot's branch added.
 
     Args:
-        model: The graph; gets A and B as initializers that wait for their values.
+        model: The graph; gets the tensors that hold A and B as initializers that wait for their values.
         site: The linear layers.
         slot: Their slot.
         base: Their product.
         rank: Of the branch; None for a slot whose rank each adapter decides: the initializers then have rank 0.
         choice: Of a pooled graph.
+        strips: Of a B in int8 that is built in: what of it is stored.
     """
     dtype = site.linears[0].weight.dtype
-    count = choice.count if choice else 1
-    width = (rank or 0) * count
-    shapes = ((slot.inputs, width), (width, slot.outputs))
-    a, b = (ir.val(name, dtype=dtype, shape=shape) for name, shape in zip(slot.input_names, shapes, strict=True))
-    for value in (a, b):
-        model.graph.initializers[str(value.name)] = value
+    assert dtype is not None
+    width = (rank or 0) * (choice.count if choice else 1)
+    if slot.int8_blocks is None:
+        nodes: list[ir.Node] = []
+        a, b = (
+            ir.val(name, dtype=dtype, shape=shape)
+            for name, shape in zip(slot.input_names, slot.input_shapes(width), strict=True)
+        )
+        for value in (a, b):
+            model.graph.initializers[str(value.name)] = value
+    else:
+        nodes, a, b = add_int8_matrices(model, slot, width, strips, dtype)
     down = ir.node("MatMul", [site.input, a], name=f"{slot.name}.lora_A")
-    nodes = [*base.nodes, down]
+    nodes = [*base.nodes, *nodes, down]
     hidden = down.outputs[0]
     if choice is not None:
         nodes.append(choice.select(hidden, rank or 0, f"{slot.name}.lora_select"))
@@ -112,14 +130,12 @@ def add_branch(
 
 
 def add_slot_inputs(model: ir.Model, slots: Sequence[Slot]) -> None:
-    """Make A and B of every slot optional inputs of the graph; call it after every pass that might strip them.
+    """Make what holds A and B of every slot optional inputs; call it after every pass that might strip them.
 
     Their initializers, of rank 0, are what they are when nothing is given: x @ A @ B is then zero, exactly.
     """
     for slot in slots:
-        rank = f"{slot.name}.rank"
-        shapes: tuple[list[int | str], ...] = ([slot.inputs, rank], [rank, slot.outputs])
-        for name, shape in zip(slot.input_names, shapes, strict=True):
+        for name, shape in zip(slot.input_names, slot.input_shapes(f"{slot.name}.rank"), strict=True):
             value = model.graph.initializers[name]
             empty = torch.empty([size if isinstance(size, int) else 0 for size in shape], dtype=_torch_dtype(value))
             value.const_value = ir.tensor_adapters.TorchTensor(empty, name=name)
@@ -137,6 +153,8 @@ def stream_branches(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """A and B of every slot: of one adapter, or of several side by side, each padded to the largest rank.
 
+    In int8 they are always of one.
+
     Args:
         slots: Those of the graph.
         adapters: In the order of their ids.
@@ -149,6 +167,9 @@ def stream_branches(
         AdapterError: A value is not finite in that type.
     """
     for slot in slots:
+        if slot.int8_blocks is not None:
+            yield from pack_strips([slot], adapters[0], compute_dtype)
+            continue
         rank = max(packed_rank(slot, adapter) for adapter in adapters)
         a = torch.zeros(slot.inputs, len(adapters) * rank)
         b = torch.zeros(len(adapters) * rank, slot.outputs)

@@ -68,6 +68,7 @@ def export_onnx(
     compute_dtype: str | None = None,
     expand: bool = False,
     accuracy_level: int = 0,
+    adapter_precision: str | None = None,
     quantization: str = "auto",
     double_quant: bool = True,
     provider: str = "cpu",
@@ -89,6 +90,8 @@ def export_onnx(
         compute_dtype: "fp32", "fp16" or "bf16" where the weights are codes; None for fp32 on cpu and fp16 on cuda.
         expand: Dequantize the codes by standard operators, which onnxruntime folds when it opens the model.
         accuracy_level: Of 8-bit products: 0 leaves activations as they are, 4 rounds them to int8.
+        adapter_precision: "int8" to store A and B of a fixed or hot-swap branch as int8 codes with a float32 scale for
+            each block; None for floats of the type of the computation.
         quantization: What the training base was: "none", "nf4", "fp4", "int8", or "auto".
         double_quant: Whether nf4 and fp4 were double-quantized.
         provider: "cpu" or "cuda".
@@ -117,6 +120,7 @@ def export_onnx(
         compute_dtype=compute_dtype,
         expand=expand,
         accuracy_level=accuracy_level,
+        adapter_precision=adapter_precision,
         quantization=quantization,
         double_quant=double_quant,
         provider=provider,

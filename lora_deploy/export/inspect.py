@@ -10,9 +10,10 @@ from pydantic import BaseModel
 
 from lora_deploy.adapter import TrainingRecord, read_adapter
 from lora_deploy.adapter.files import WEIGHTS_NAME
+from lora_deploy.adapter.int8 import dequantize
 from lora_deploy.errors import AdapterError
 from lora_deploy.manifest import ADAPTER_SUFFIX
-from lora_deploy.run.adapters import read_tensors
+from lora_deploy.run.adapter_files import Tensors, read_tensors
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -111,7 +112,7 @@ def describe_adapter(path: str | Path) -> AdapterDescription:
     if path.is_dir() or path.suffix != ADAPTER_SUFFIX:
         return _describe_directory(path)
     version, arrays = read_tensors(path)
-    tensors = {name: torch.from_numpy(values.astype("float32")) for name, values in arrays.items()}
+    tensors = _as_floats(path, arrays)
     updates = []
     for site in sorted({name.removesuffix("/lora_A") for name in tensors if name.endswith("/lora_A")}):
         a, b = tensors[f"{site}/lora_A"], tensors.get(f"{site}/lora_B")
@@ -133,6 +134,28 @@ def describe_adapter(path: str | Path) -> AdapterDescription:
         updates=updates,
         model_version=version,
     )
+
+
+def _as_floats(path: Path, arrays: Tensors) -> dict[str, torch.Tensor]:
+    """A and B by name in float32; int8 codes times their scales, as matrices."""
+    tensors = {name: torch.from_numpy(values.astype("float32")) for name, values in arrays.items()}
+    for name in [name.removesuffix("_codes") for name in tensors if name.endswith("_codes")]:
+        codes, scales = tensors.pop(f"{name}_codes"), tensors.pop(f"{name}_scales", None)
+        along = 1 if name.endswith("A") else 2
+        if (
+            scales is None
+            or codes.ndim != 3
+            or scales.shape != tuple(1 if dim == along else size for dim, size in enumerate(codes.shape))
+        ):
+            raise AdapterError(
+                "an update of the adapter is not whole",
+                file=path,
+                tensor=name,
+                found=f"codes {tuple(codes.shape)}, scales {tuple(scales.shape) if scales is not None else 'missing'}",
+                expected="A (blocks, block, r) with scales (blocks, 1, r), B (r, blocks, block) with (r, blocks, 1)",
+            )
+        tensors[name] = dequantize(codes, scales).flatten(along - 1, along)
+    return tensors
 
 
 def _describe_directory(path: Path) -> AdapterDescription:

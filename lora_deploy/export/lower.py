@@ -11,7 +11,7 @@ from onnxscript.rewriter import RewriteRuleSet
 from onnxscript.rewriter.pattern import RewriteRule
 
 from lora_deploy.adapter import LoraAdapter
-from lora_deploy.adapter.packing import packed_rank
+from lora_deploy.adapter.packing import packed_rank, slot_strips
 from lora_deploy.export.branch import AdapterChoice, add_branch, make_slot
 from lora_deploy.export.coded import CodedBase
 from lora_deploy.export.graph import Graph, WeightSource
@@ -37,12 +37,14 @@ class Branches:
         adapters: Those that are known now.
         targets: Layers that can be adapted.
         tied: Layers that share their weight with another, by that other's name.
+        int8: Whether A and B are stored as int8 codes.
     """
 
     kind: BranchKind
     adapters: tuple[LoraAdapter, ...]
     targets: Collection[str]
     tied: Mapping[str, str]
+    int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,13 +88,14 @@ def lower_graph(graph: Graph, coded_base: CodedBase | None, branches: Branches |
         else:
             product = dense_product(model, site, sources)
         if branches is not None:
-            slot = make_slot(site, branches.tied)
+            slot = make_slot(site, branches.tied, int8=branches.int8)
             if any(module in branches.targets for module in slot.modules):
                 slots.append(slot)
-                rank = None
+                rank, strips = None, []
                 if branches.kind != "hot-swap":
                     rank = max(packed_rank(slot, adapter) for adapter in branches.adapters)
-                product = add_branch(model, site, slot, product, rank, choice)
+                    strips = slot_strips(slot, branches.adapters[0]) if branches.int8 else []
+                product = add_branch(model, site, slot, product, rank, choice=choice, strips=strips)
         replace_site(model, site, product)
     if choice is not None:
         choice.place()

@@ -18,6 +18,7 @@ __all__ = [
     "Precision",
     "Provider",
     "check_accuracy_level",
+    "check_adapter_precision",
     "check_branch",
     "check_precision",
     "check_provider",
@@ -56,6 +57,24 @@ def check_branch(branch: str | None, named: Mapping[str, Path]) -> BranchKind | 
     if branch == "pooled" and not named:
         raise UsageError("a pool needs adapters", remedy="give one --adapter NAME=DIR or more")
     return cast(BranchKind, branch)
+
+
+def check_adapter_precision(precision: str | None, branch: BranchKind | None) -> None:
+    """Whether A and B can be stored this way in such a branch; raises UsageError."""
+    if precision not in (None, "int8"):
+        raise UsageError(
+            "there is no such precision of adapters",
+            found=precision,
+            expected="int8",
+            remedy="leave --adapter-precision out, for floats of the type that the graph computes in",
+        )
+    if precision is not None and branch not in ("fixed", "hot-swap"):
+        raise UsageError(
+            "only an adapter that is a branch of its own is stored in int8",
+            found=f"--adapter-precision {precision} {'--branch --pool' if branch else '--merge'}",
+            expected="--branch, or --branch --fixed",
+            remedy="leave --adapter-precision out",
+        )
 
 
 def check_precision(precision: str | None, branch: str | None, provider: Provider) -> None:

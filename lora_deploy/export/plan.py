@@ -22,6 +22,7 @@ from lora_deploy.export.options import (
     Precision,
     Provider,
     check_accuracy_level,
+    check_adapter_precision,
     check_branch,
     check_precision,
     check_provider,
@@ -83,6 +84,7 @@ def plan_export(
     compute_dtype: str | None = None,
     expand: bool = False,
     accuracy_level: int = 0,
+    adapter_precision: str | None = None,
     quantization: str = "auto",
     double_quant: bool = True,
     provider: str = "cpu",
@@ -100,6 +102,8 @@ def plan_export(
         compute_dtype: "fp32", "fp16" or "bf16" where the weights are codes; None for fp32 on cpu and fp16 on cuda.
         expand: Dequantize the codes by standard operators, which onnxruntime folds when it opens the model.
         accuracy_level: Of 8-bit products: 0 leaves activations as they are, 4 rounds them to int8.
+        adapter_precision: "int8" to store A and B of a fixed or hot-swap branch as int8 codes with a float32 scale for
+            each block; None for floats of the type of the computation.
         quantization: What the training base was: "none", "nf4", "fp4", "int8", or "auto" to read it from the
             checkpoint or from what training left beside the adapter.
         double_quant: Whether nf4 and fp4 were double-quantized.
@@ -117,6 +121,7 @@ def plan_export(
         named = {Path(adapters).resolve().name: Path(adapters)}
     provider = check_provider(provider)
     branch = check_branch(branch, named)
+    check_adapter_precision(adapter_precision, branch)
     check_precision(precision, branch, provider)
     output = Path(output)
     try:
@@ -146,7 +151,7 @@ def plan_export(
     if branch is not None and weights not in get_args(ComputeDtype):
         whole = frozenset(name.removesuffix(".weight") for lora in loras.values() for name in lora.parameters)
         coded_base = CodedBase(base, weights, expand, dtype, accuracy_level, whole)
-    lowered = _prepare_graph(base, loras, branch, coded_base, compute, provider)
+    lowered = _prepare_graph(base, loras, branch, adapter_precision == "int8", coded_base, compute, provider)
     if branch in ("hot-swap", "pooled"):
         for lora in loras.values():
             check_slots(lowered.slots, lora)
@@ -217,6 +222,7 @@ def _prepare_graph(
     base: TrainingBase,
     adapters: Mapping[str, LoraAdapter],
     branch: BranchKind | None,
+    int8: bool,
     coded_base: CodedBase | None,
     compute_dtype: ComputeDtype,
     provider: Provider,
@@ -240,5 +246,5 @@ def _prepare_graph(
             if alias not in broken
         }
         targets = updated | set(base.linears) if branch == "hot-swap" else updated
-        branches = Branches(branch, tuple(adapters.values()), targets, tied)
+        branches = Branches(branch, tuple(adapters.values()), targets, tied, int8)
     return lower_graph(graph, coded_base, branches)

@@ -1,4 +1,4 @@
-"""`.onnx_adapter` files for a session: read, checked against the graph, blended."""
+"""The adapters of a session: found, uploaded when they are first used, blended."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_deploy.errors import AdapterError, UsageError
+from lora_deploy.errors import UsageError
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, Slot
-from lora_deploy.run.session import OnnxSession, import_onnxruntime, numpy_dtype, numpy_of
+from lora_deploy.run.adapter_files import Tensors, read_onnx_adapter
+from lora_deploy.run.session import OnnxSession, numpy_dtype
 
-__all__ = ["Adapters", "Tensors", "blend_adapters", "find_adapters", "read_onnx_adapter", "read_tensors"]
-
-# A and B of every slot, by the name of the input.
-Tensors = dict[str, NDArray[Any]]
+__all__ = ["Adapters", "blend_adapters", "find_adapters"]
 
 
 class Adapters:
@@ -92,7 +90,7 @@ class Adapters:
                 self._uploaded[adapter] = self._upload(self._tensors(adapter))
             return self._uploaded[adapter]
         tensors = {name: self._tensors(name) for name in adapter}
-        return self._upload(blend_adapters(tensors, adapter, self._manifest.slots))
+        return self._upload(blend_adapters(tensors, adapter, self._manifest))
 
     def row_inputs(self, adapters: Sequence[str | None]) -> Mapping[str, Any]:
         """What a run of a pooled graph is given: the id of each row's adapter, -1 for None.
@@ -158,108 +156,15 @@ def find_adapters(directory: Path) -> dict[str, Path]:
     return {file.name.removesuffix(ADAPTER_SUFFIX): file for file in files}
 
 
-def read_tensors(file: Path) -> tuple[int, Tensors]:
-    """Read what an `.onnx_adapter` holds, whatever graph it is for.
-
-    Args:
-        file: The `.onnx_adapter`.
-
-    Returns:
-        Its model version, and its tensors by name.
-
-    Raises:
-        AdapterError: It is missing or damaged.
-    """
-    if not file.is_file():
-        raise AdapterError("there is no such adapter", file=file, remedy="make it with lora-deploy adapter convert")
-    onnxruntime = import_onnxruntime()
-    try:
-        content = onnxruntime.AdapterFormat.read_adapter(str(file))
-        # Copies: what onnxruntime gives is a view of the file, and the file is closed with `content`.
-        tensors = {name: np.array(numpy_of(value)) for name, value in content.get_parameters().items()}
-        return content.get_model_version(), tensors
-    except Exception as error:  # onnxruntime raises RuntimeError and its own classes, without a common base
-        raise AdapterError(
-            "the adapter cannot be read",
-            file=file,
-            found=(str(error).strip().splitlines() or [type(error).__name__])[0][-200:],
-            expected="an .onnx_adapter file",
-            remedy="make it again with lora-deploy adapter convert",
-        ) from error
-
-
-def read_onnx_adapter(file: Path, manifest: Manifest) -> Tensors:
-    """Read an adapter and make sure that it is one for this graph.
-
-    onnxruntime itself would run on without a word where a layer is missing, and has no idea which base an adapter is
-    for: the shapes are the same in every fine-tune of a model.
-
-    Args:
-        file: The `.onnx_adapter`.
-        manifest: The graph's.
-
-    Returns:
-        A and B of every slot, in the type of the computation.
-
-    Raises:
-        AdapterError: It cannot be read, is for another base or graph, or is damaged.
-    """
-    version, found = read_tensors(file)
-    if version != manifest.fingerprint:
-        raise AdapterError(
-            "the adapter was made for another base or another graph",
-            file=file,
-            found=f"model version {version}",
-            expected=f"{manifest.fingerprint}, which stands for the base, the slots and the type of this graph",
-            remedy="make it for this one with lora-deploy adapter convert",
-        )
-    _check_names(file, set(found), manifest.slots)
-    dtype = numpy_dtype(manifest.compute_dtype)
-    tensors = {}
-    for slot in manifest.slots:
-        name_a, name_b = slot.input_names
-        a, b = found[name_a], found[name_b]
-        rank = a.shape[1] if a.ndim == 2 else None
-        if a.shape != (slot.inputs, rank) or b.shape != (rank, slot.outputs) or a.dtype != dtype or b.dtype != dtype:
-            raise AdapterError(
-                "an update of the adapter does not fit its slot",
-                file=file,
-                tensor=slot.name,
-                found=f"A {a.shape} {a.dtype}, B {b.shape} {b.dtype}",
-                expected=f"A ({slot.inputs}, r), B (r, {slot.outputs}) in {dtype}",
-                remedy="make it again with lora-deploy adapter convert",
-            )
-        if not (np.isfinite(a.astype(np.float32)).all() and np.isfinite(b.astype(np.float32)).all()):
-            raise AdapterError("the adapter holds NaN or infinity", file=file, tensor=slot.name)
-        tensors[name_a], tensors[name_b] = a, b
-    return tensors
-
-
-def _check_names(file: Path, found: set[str], slots: Sequence[Slot]) -> None:
-    expected = {name for slot in slots for name in slot.input_names}
-    for name in sorted(expected - found):
-        other = "B" if name.endswith("A") else "A"
-        half = f"{name[:-1]}{other}" in found
-        raise AdapterError(
-            "the adapter has only one half of an update" if half else "the adapter lacks a layer",
-            file=file,
-            tensor=name,
-            expected="A and B of every slot, of rank 0 where the adapter changes nothing",
-            remedy="make it again with lora-deploy adapter convert",
-        )
-    for name in sorted(found - expected):
-        raise AdapterError("the adapter has a layer that the graph does not have", file=file, tensor=name)
-
-
-def blend_adapters(adapters: Mapping[str, Tensors], weights: Mapping[str, float], slots: Sequence[Slot]) -> Tensors:
+def blend_adapters(adapters: Mapping[str, Tensors], weights: Mapping[str, float], manifest: Manifest) -> Tensors:
     """The weighted sum of several adapters' updates, exactly: their ranks side by side.
 
-    w1 * B1 A1 + w2 * B2 A2 = [w1 B1, w2 B2] [A1; A2].
+    w1 * B1 A1 + w2 * B2 A2 = [w1 B1, w2 B2] [A1; A2]. In int8 the weight goes into B's scales, and no code changes.
 
     Args:
         adapters: The adapters, by name.
         weights: The weight of each that takes part.
-        slots: The graph's.
+        manifest: The graph's.
 
     Raises:
         UsageError: There is no weight, or one is not finite, or too large for the type of the computation.
@@ -268,15 +173,21 @@ def blend_adapters(adapters: Mapping[str, Tensors], weights: Mapping[str, float]
     if not weights or not numbers:
         raise UsageError("a blend needs adapters with finite weights", found=dict(weights))
     tensors = {}
-    for slot in slots:
-        name_a, name_b = slot.input_names
-        sides_a = [adapters[name][name_a] for name in weights]
-        sides_b = [_scale(adapters[name][name_b], weight) for name, weight in weights.items()]
-        tensors[name_a], tensors[name_b] = np.concatenate(sides_a, axis=1), np.concatenate(sides_b, axis=0)
-        if not np.isfinite(tensors[name_b].astype(np.float32)).all():
+    for slot in manifest.slots:
+        names = slot.input_names
+        half = len(names) // 2
+        for number, name in enumerate(names):
+            # The last is B itself, or its scales.
+            weighted = number == len(names) - 1
+            sides = [
+                _scale(adapters[adapter][name], weight) if weighted else adapters[adapter][name]
+                for adapter, weight in weights.items()
+            ]
+            tensors[name] = np.concatenate(sides, axis=-1 if number < half else 0)
+        if not _is_finite(slot, tensors, manifest.compute_dtype):
             raise UsageError(
                 "the weights of the blend are too large for the type that the graph computes in",
-                found=f"{dict(weights)}, in {tensors[name_b].dtype}",
+                found=f"{dict(weights)}, in {numpy_dtype(manifest.compute_dtype)}",
             )
     return tensors
 
@@ -287,3 +198,12 @@ def _scale(values: NDArray[Any], weight: float) -> NDArray[Any]:
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused by the caller
         scaled: NDArray[Any] = (values.astype(np.float32) * np.float32(weight)).astype(values.dtype)
     return scaled
+
+
+def _is_finite(slot: Slot, tensors: Tensors, compute_dtype: str) -> bool:
+    """Whether B is, in the type of the computation."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = tensors[slot.input_names[-1]].astype(np.float32)
+        if slot.int8_blocks is not None:
+            values = tensors[slot.input_names[-2]] * values
+        return bool(np.isfinite(values.astype(numpy_dtype(compute_dtype)).astype(np.float32)).all())

@@ -1,7 +1,11 @@
-"""Whether the codes in a graph are the training base's own, byte for byte, and give its values, bit for bit."""
+"""Whether the codes in a graph are the training base's own, byte for byte, and give its values, bit for bit.
+
+And whether A and B that are stored as int8 are what the adapter gives when it is quantized.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +13,17 @@ import onnx_ir as ir
 import torch
 from pydantic import BaseModel
 
+from lora_deploy.adapter import LoraAdapter
+from lora_deploy.adapter.packing import pack_slots, pack_strips
 from lora_deploy.errors import ParityError
 from lora_deploy.export.coded import decode, encode
 from lora_deploy.manifest import CodedWeight, Manifest, StoredModule
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
+from lora_deploy.run.adapter_files import read_onnx_adapter
+from lora_deploy.run.adapters import find_adapters
 
-__all__ = ["CodesResult", "check_codes"]
+__all__ = ["CodesResult", "check_adapter_codes", "check_codes"]
 
 
 class CodesResult(BaseModel):
@@ -115,3 +123,41 @@ def _differs(file: Path, module: StoredModule, what: str, found: str, expected: 
         expected=expected,
         remedy="export again; if it was made on another machine, verify it there",
     )
+
+
+def check_adapter_codes(directory: Path, adapters: Mapping[str, LoraAdapter]) -> None:
+    """Compare A and B that are stored as int8, codes and scales, with what quantizing the adapters gives.
+
+    Does nothing where they are floats: there the logits tell.
+
+    Args:
+        directory: The export.
+        adapters: What it was made from, by name.
+
+    Raises:
+        AdapterError: An adapter's file cannot be read.
+        ParityError: A tensor is another one.
+    """
+    file = directory / "model.onnx"
+    model = ir.load(file)
+    manifest = Manifest.read(model.metadata_props, file)
+    slots = [slot for slot in manifest.slots if slot.int8_blocks is not None]
+    for name, adapter in adapters.items() if slots else ():
+        if manifest.branch == "fixed":
+            stored = {key: _flat(model, key) for slot in slots for key in slot.input_names}
+            expected = pack_strips(slots, adapter, manifest.compute_dtype)
+        else:
+            file = find_adapters(directory)[name]
+            tensors = read_onnx_adapter(file, manifest)
+            stored = {key: torch.from_numpy(values).flatten() for key, values in tensors.items()}
+            expected = pack_slots(slots, adapter, manifest.compute_dtype)
+        for key, values in expected:
+            if not torch.equal(stored[key], values.flatten()):
+                raise ParityError(
+                    "what is stored of an adapter in int8 is not what quantizing it gives",
+                    file=file,
+                    tensor=key,
+                    found=f"{stored[key].numel()} values",
+                    expected=f"{values.numel()} values, those of {adapter.source}",
+                    remedy="export again, or make the adapter again with lora-deploy adapter convert",
+                )

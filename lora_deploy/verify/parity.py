@@ -15,13 +15,14 @@ import torch
 from transformers import PreTrainedModel
 
 from lora_deploy.adapter import LoraAdapter, apply_adapter
+from lora_deploy.adapter.packing import deployed_adapter
 from lora_deploy.errors import InputError
 from lora_deploy.manifest import Manifest
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.session import OnnxSession, Weights, import_onnxruntime
 from lora_deploy.verify.batches import Batch, make_batches
-from lora_deploy.verify.codes import check_codes
+from lora_deploy.verify.codes import check_adapter_codes, check_codes
 from lora_deploy.verify.metrics import compare_logits, is_within
 from lora_deploy.verify.reference import compute_logits, load_live_model, load_twin
 from lora_deploy.verify.report import CaseResult, Metrics, ParityReport
@@ -43,7 +44,7 @@ def check_parity(
     weights: Weights = "stored",
     on_progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> ParityReport:
-    """Compare an export with the function that was trained.
+    """Compare an export with the function that was trained, with A and B rounded where the export rounds them to int8.
 
     Args:
         directory: The export.
@@ -58,10 +59,11 @@ def check_parity(
         The report. It passes if every case is within the tolerance and, for each adapter, the base alone is not.
 
     Raises:
-        ParityError: The codes in the export are not the base's.
+        ParityError: The codes in the export are not the base's, or not the adapter's.
     """
     directory = Path(directory)
     codes = check_codes(directory, base)
+    check_adapter_codes(directory, adapters)
     batches = make_batches(base)
     steps = len(adapters) + 1
     on_progress("verifying", 0, steps)
@@ -73,6 +75,8 @@ def check_parity(
         exported = _Exported(session, directory, batches)
         mixed = _MixedBatch(batches, list(adapters)) if manifest.branch == "pooled" else None
         results: list[CaseResult] = []
+        if any(slot.int8_blocks is not None for slot in manifest.slots):
+            notes.append("the reference runs the adapter as it is stored: A and B rounded to int8")
         if manifest.branch in ("hot-swap", "pooled") or not adapters:
             label = "no adapter" if manifest.branch else ""
             results += _compare_all(label, batches, alone, exported.run(None), None, tolerance)
@@ -80,7 +84,7 @@ def check_parity(
             mixed.keep(None, alone)
         on_progress("verifying", 1, steps)
         for number, (name, adapter) in enumerate(adapters.items()):
-            trained = run_twin(base, adapter, batches)
+            trained = run_twin(base, deployed_adapter(adapter, manifest.slots), batches)
             built_in = manifest.branch in (None, "fixed")
             label = "" if built_in else name
             found = exported.run(None if built_in else name)

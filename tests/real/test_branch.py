@@ -24,6 +24,7 @@ from lora_deploy.run import OnnxModel
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.session import OnnxSession, Weights
 from lora_deploy.verify.batches import Batch, make_batches
+from lora_deploy.verify.metrics import compare_logits
 from lora_deploy.verify.parity import run_export, run_twin
 from lora_deploy.verify.reference import load_twin
 from tests.real.conftest import NEW_TOKENS, Trained, genai_tokens, run_command, twin_tokens
@@ -211,3 +212,36 @@ def _ways() -> list[Weights]:
     except UsageError:
         return ["expand"]
     return ["expand", "native"]
+
+
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "hot-swap"])
+def test_an_adapter_in_int8_is_within_a_millionth_of_the_trained_function(
+    fixed: bool, trained: Trained, export: Export, base: TrainingBase
+) -> None:
+    options = ("--branch", "--fixed") if fixed else ("--branch",)
+    directory = export(*options, "--adapter-precision", "int8")
+    report = json.loads((directory / "parity.json").read_text())
+    assert report["passed"]
+    assert report["control_failed"]
+    batches = make_batches(base)
+    session = OnnxSession(directory)
+    found = _logits(session, batches, Adapters(session, directory).inputs(None if fixed else "trained"))
+    expected, alone = run_twin(base, read_adapter(trained.adapter), batches), run_twin(base, None, batches)
+    for batch, ours, theirs, bare in zip(batches, found, expected, alone, strict=True):
+        assert compare_logits(theirs, ours, batch.attention_mask, 2e-3).mean_kl <= 1e-6
+        assert compare_logits(theirs, bare, batch.attention_mask, 2e-3).mean_kl > 1e-3
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+def test_a_fixed_branch_in_int8_takes_less_than_five_bits_a_weight(
+    rank: int, export: Export, random_adapters: dict[str, Path]
+) -> None:
+    """Codes, float32 absmax, A and B, on all linear layers: 4.5 bits are the base's."""
+    named = {f"rank{rank}": random_adapters[f"rank{rank}"]}
+    directory = export("--branch", "--fixed", "--adapter-precision", "int8", "--no-verify", adapters=named)
+    manifest, initializers = Manifest.load(directory), ir.load(directory / "model.onnx").graph.initializers
+    names = [name for weight in manifest.coded for name in (weight.codes, weight.scales)]
+    names += [name for slot in manifest.slots for name in slot.input_names]
+    size = sum(initializers[name].const_value.nbytes for name in names)  # type: ignore[union-attr]
+    weights = sum(weight.shape[0] * weight.shape[1] for weight in manifest.coded)
+    assert 4.5 < size * 8 / weights <= 5.0

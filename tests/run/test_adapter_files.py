@@ -15,7 +15,8 @@ import pytest
 from lora_deploy.errors import AdapterError
 from lora_deploy.export.inspect import describe_adapter
 from lora_deploy.manifest import Manifest
-from lora_deploy.run.adapters import Tensors, find_adapters, read_onnx_adapter, read_tensors
+from lora_deploy.run.adapter_files import Tensors, read_onnx_adapter, read_tensors
+from lora_deploy.run.adapters import find_adapters
 from tests.export.conftest import BranchExport, BranchFactory
 
 SITE = "model/layers/1/self_attn/o_proj"
@@ -82,7 +83,7 @@ from pathlib import Path
 from lora_deploy.errors import LoraDeployError
 from lora_deploy.export.inspect import describe_adapter
 from lora_deploy.manifest import Manifest
-from lora_deploy.run.adapters import read_onnx_adapter
+from lora_deploy.run.adapter_files import read_onnx_adapter
 source, file, export = map(Path, sys.argv[1:])
 manifest, content, chance, refused = Manifest.load(export), source.read_bytes(), random.Random(0), 0
 for number in range(500):

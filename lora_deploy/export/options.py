@@ -21,6 +21,7 @@ __all__ = [
     "check_branch",
     "check_precision",
     "check_provider",
+    "check_task",
     "choose_types",
     "training_scheme",
 ]
@@ -56,6 +57,17 @@ def check_branch(branch: str | None, named: Mapping[str, Path]) -> BranchKind | 
     if branch == "pooled" and not named:
         raise UsageError("a pool needs adapters", remedy="give one --adapter NAME=DIR or more")
     return cast(BranchKind, branch)
+
+
+def check_task(base: TrainingBase, branch: BranchKind | None) -> None:
+    """What cannot be done with a classifier; raises UsageError."""
+    if base.task == "sequence-classification" and branch == "pooled":
+        raise UsageError(
+            "a classifier cannot be pooled: its head reads one token of each text, and a pool's masks are for all",
+            found="--branch --pool",
+            expected="--merge, --branch, or --branch --fixed",
+            remedy="export each adapter with --merge or --branch --fixed",
+        )
 
 
 def check_precision(precision: str | None, branch: str | None, provider: Provider) -> None:

@@ -145,7 +145,7 @@ def classifier_dir(tmp_path_factory: pytest.TempPathFactory) -> ClassifierFactor
 
 @pytest.fixture(scope="session")
 def peft_adapter(classifier_dir: ClassifierFactory, tmp_path_factory: pytest.TempPathFactory) -> ClassifierFactory:
-    """`peft_adapter(family, targets=None)`: what PEFT saved, made once; all linear layers where no targets are given."""
+    """`peft_adapter(family, targets=None)`: what PEFT saved, made once; None for all linear layers."""
     made: dict[str, Path] = {}
 
     def make(family: str, targets: list[str] | None = None) -> Path:

@@ -54,6 +54,7 @@ def trace_graph(config: PreTrainedConfig, *, precision: str, file: str | Path) -
     traced.graph.name = config.model_type
     sources = _empty_parameters(traced, model.state_dict())
     _simplify(traced)
+    _strip_metadata(traced)
     _spell_out_linears(traced, sources)
     kept = {name: source for name, source in sources.items() if name in traced.graph.initializers}
     return Graph(traced, kept, genai_config={})
@@ -119,6 +120,18 @@ def _simplify(model: ir.Model) -> None:
 
     with quiet("onnx_ir"), quiet("onnxscript"):
         optimize(model)
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    """Drop what the exporter noted of values and the graph: it names files of this machine."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    values = [*model.graph.inputs, *model.graph.initializers.values()]
+    for node in model.graph:
+        node.metadata_props.clear()
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
 
 
 def _spell_out_linears(model: ir.Model, sources: dict[str, WeightSource]) -> None:

@@ -56,6 +56,11 @@ class Batch:
         ]
 
     @property
+    def tells_apart(self) -> bool:
+        """Whether the base alone must fail here. One text may be a clear case for a classifier without its update."""
+        return self.task != "sequence-classification" or len(self.input_ids) > 1
+
+    @property
     def prefilled(self) -> int:
         """How many tokens go in at once."""
         return self.input_ids.shape[1] - self.decoded
@@ -70,6 +75,8 @@ def make_batches(base: TrainingBase) -> list[Batch]:
         context = max(context - padding - 1, 1)
     decoded = 0 if is_classifier else min(_DECODED, context // 2)
     *rows, long = _token_rows(base, context - decoded)
+    if is_classifier:  # a row is only one prediction, so there are three times as many
+        rows += [row[: max(len(row) // part, 1)] for part in (2, 4) for row in rows]
     more = torch.randint(0, base.config.vocab_size, (len(rows), decoded), generator=torch.Generator().manual_seed(1))
     batches = []
     for name, some in (("right-padded", rows), ("left-padded", rows), ("single", [long])):

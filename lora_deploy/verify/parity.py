@@ -215,7 +215,7 @@ def _compare_all(
 ) -> list[CaseResult]:
     results = []
     for number, batch in enumerate(batches):
-        control = alone[number] if alone is not None else None
+        control = alone[number] if alone is not None and batch.tells_apart else None
         results += _compare_batch(label, batch, trained[number], exported[number], control, tolerance)
     return results
 

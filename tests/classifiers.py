@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ from transformers import (
     BertConfig,
     BitsAndBytesConfig,
     DistilBertConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     RobertaConfig,
 )
 
+from lora_deploy.export import plan
+from lora_deploy.export.graph import Graph
+from lora_deploy.export.traced import trace_graph
 from lora_deploy.quantization.model import keep_codes
 from tests.run.conftest import byte_tokenizer
 
@@ -120,6 +124,22 @@ def peft_logits(base: Path, adapter: Path | None, method: str, **options: Any) -
     if adapter is not None:
         model = peft.PeftModel.from_pretrained(model, adapter).eval()
     return [model(input_ids=ids, attention_mask=mask).logits for ids, mask in padded_batches()]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered_traces() -> Iterator[None]:
+    """Trace each graph once and hand out copies: a trace takes seconds, and the weights have no part in it."""
+    made: dict[tuple[str, str], Graph] = {}
+
+    def trace(config: PreTrainedConfig, *, precision: str, file: str | Path) -> Graph:
+        key = (config.to_json_string(), precision)
+        if key not in made:
+            made[key] = trace_graph(config, precision=precision, file=file)
+        return Graph(made[key].model.clone(), dict(made[key].sources), {})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "trace_graph", trace)
+        yield
 
 
 @pytest.fixture(scope="session")

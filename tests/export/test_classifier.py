@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
 from lora_deploy.errors import CheckpointError, ParityError, UsageError
-from lora_deploy.export import ExportResult, export_onnx
+from lora_deploy.export import ExportResult, export_onnx, plan
 from lora_deploy.export import merge as merging
 from lora_deploy.export.traced import trace_graph
 from lora_deploy.quantization import QuantizationScheme
@@ -31,12 +31,13 @@ from tests.classifiers import (
     padded_batches,
     peft_adapter,
     peft_logits,
+    remembered_traces,
     save_classifier,
     train_with_peft,
 )
 from tests.commands import tree
 
-__all__ = ["classifier_dir", "peft_adapter"]
+__all__ = ["classifier_dir", "peft_adapter", "remembered_traces"]
 
 METHODS = ("none", "nf4")
 
@@ -140,16 +141,13 @@ def test_half_precision_passes_its_own_gate(
 
 
 def test_the_files_are_those_of_a_classifier_and_say_nothing_of_this_machine(
-    merged: Callable[..., ExportResult],
-    classifier_dir: ClassifierFactory,
-    peft_adapter: ClassifierFactory,
-    tmp_path: Path,
+    classifier_dir: ClassifierFactory, peft_adapter: ClassifierFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = merged("bert", "none").output
-    export_onnx(
-        classifier_dir("bert"), peft_adapter("bert"), output=tmp_path / "again", quantization="none", verify=False
-    )
-    assert tree(tmp_path / "again") == {name: file for name, file in tree(output).items() if name != "parity.json"}
+    monkeypatch.setattr(plan, "trace_graph", trace_graph)  # traced anew each time
+    base, adapter, output = classifier_dir("bert"), peft_adapter("bert"), tmp_path / "out"
+    export_onnx(base, adapter, output=output, quantization="none", verify=False)
+    export_onnx(base, adapter, output=tmp_path / "again", quantization="none", verify=False)
+    assert tree(tmp_path / "again") == tree(output)
     assert not (output / "genai_config.json").exists()
     config = json.loads((output / "config.json").read_text())
     assert config["architectures"] == ["BertForSequenceClassification"]

@@ -14,11 +14,11 @@ from lora_deploy.errors import UsageError
 from lora_deploy.export import export_onnx
 from lora_deploy.run import OnnxClassifier, OnnxModel
 from lora_deploy.run.classify import _choose_squash
-from tests.classifiers import LABELS, ClassifierFactory, classifier_dir, load_theirs, peft_adapter
+from tests.classifiers import LABELS, ClassifierFactory, classifier_dir, load_theirs, peft_adapter, remembered_traces
 from tests.commands import Command, assert_one_message
 from tests.run.conftest import talking_export
 
-__all__ = ["classifier_dir", "peft_adapter", "talking_export"]
+__all__ = ["classifier_dir", "peft_adapter", "remembered_traces", "talking_export"]
 
 TEXTS = ["a good film", "no", "rain again, all day"]
 PAIRS = ["yes", "a longer text", "?"]

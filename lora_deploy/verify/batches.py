@@ -70,9 +70,10 @@ def make_batches(base: TrainingBase) -> list[Batch]:
     """The batches to compare: one padded on the right, one padded on the left, and a single long row."""
     is_classifier = base.task == "sequence-classification"
     padding, context = 0, getattr(base.config, "max_position_embeddings", 2 * _LONG)
-    if is_classifier:  # RoBERTa's kind counts positions from pad_token_id + 1
+    if is_classifier:
         padding = base.config.pad_token_id or 0
-        context = max(context - padding - 1, 1)
+        # RoBERTa's kind counts positions from pad_token_id + 1. Where that id is large, the model is of another kind.
+        context -= padding + 1 if padding + 1 < context // 2 else 0
     decoded = 0 if is_classifier else min(_DECODED, context // 2)
     *rows, long = _token_rows(base, context - decoded)
     if is_classifier:  # a row is only one prediction, so there are three times as many

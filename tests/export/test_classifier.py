@@ -193,6 +193,19 @@ def test_a_checkpoint_without_a_head_takes_the_adapters(tmp_path: Path) -> None:
     assert "modules_to_save: classifier" in caught.value.details["remedy"]
 
 
+def test_a_regression_is_judged_by_its_value(tmp_path: Path) -> None:
+    """It has one logit, of which there is neither a divergence nor a most probable class."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save_classifier("bert", base, id2label={0: "stars"}, label2id={"stars": 0})
+    train_with_peft(base, adapter, ["query", "value"])
+    result = export_onnx(base, adapter, output=tmp_path / "out", quantization="none")
+    assert result.report is not None
+    assert result.report.control_failed
+    assert all(case.export.max_abs <= 1e-3 for case in result.report.cases)
+    with pytest.raises(ParityError, match="proves nothing"):
+        export_onnx(base, adapter, output=tmp_path / "half", quantization="none", precision="fp16")
+
+
 def test_the_older_names_of_layer_norms_are_read(
     classifier_dir: ClassifierFactory, peft_adapter: ClassifierFactory, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_deploy.layers import get_lora_model as get_lora_model
     from lora_deploy.quantization import load_base_model as load_base_model
     from lora_deploy.quantization import quantize_model as quantize_model
+    from lora_deploy.run import OnnxClassifier as OnnxClassifier
     from lora_deploy.run import OnnxModel as OnnxModel
     from lora_deploy.verify import verify as verify
 
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "LoraConfig": "config",
     "LoraLinear": "layers",
+    "OnnxClassifier": "run",
     "OnnxModel": "run",
     "export_onnx": "export",
     "get_lora_model": "layers",

@@ -169,8 +169,9 @@ def verify(
 
 
 def run(
+    context: typer.Context,
     directory: Annotated[Path, typer.Argument(help="What export wrote.", metavar="OUT")],
-    prompt: Annotated[str, typer.Option("--prompt", help="What to say to the model.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="What to say to the model, or the text to classify.")],
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -189,9 +190,14 @@ def run(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Generate text from an export; it streams to the screen."""
+    """Generate text from an export; it streams to the screen. A classifier says which class the text belongs to."""
     from lora_deploy.run import OnnxModel
+    from lora_deploy.run.classify import is_classifier
 
+    if is_classifier(directory):
+        _refuse_generation(context)
+        _classify(directory, prompt, adapter or [], provider, weights, as_json)
+        return
     model = OnnxModel(
         directory,
         _blend(adapter or []),
@@ -218,6 +224,39 @@ def run(
     print()
     if not quiet and model.tokens_per_second:
         print(f"[{model.tokens_per_second:.1f} tokens/s]", file=sys.stderr)
+
+
+_GENERATION = ("system", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "no_chat_template")
+
+
+def _refuse_generation(context: typer.Context) -> None:
+    """A classifier writes no text, so that options for text can only be a mistake."""
+    given = [name for name in _GENERATION if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        raise UsageError(
+            "this export is a classifier: it writes no text",
+            found=", ".join(f"--{name.replace('_', '-')}" for name in given),
+            remedy="leave out what is for generation",
+        )
+
+
+def _classify(directory: Path, text: str, adapters: list[str], provider: str, weights: str, as_json: bool) -> None:
+    """Print the class of a text, and the probability of every class."""
+    from lora_deploy.run import OnnxClassifier
+
+    classifier = OnnxClassifier(
+        directory,
+        _blend(adapters),
+        provider=cast("Literal['cpu', 'cuda']", provider),
+        weights=cast("Weights", weights),
+    )
+    found = classifier.classify([text])[0]
+    if as_json:
+        print_json({"label": found.label, "probabilities": found.probabilities})
+        return
+    print(found.label)
+    for label, probability in sorted(found.probabilities.items(), key=lambda item: -item[1]):
+        print(f"  {probability:.4f}  {label}")
 
 
 def _blend(adapters: list[str]) -> str | dict[str, float] | None:

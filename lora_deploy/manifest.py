@@ -14,6 +14,7 @@ from typing import Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from lora_deploy.errors import CheckpointError
+from lora_deploy.task import Task
 
 __all__ = [
     "ADAPTER_DIRECTORY",
@@ -198,6 +199,7 @@ class Manifest(_Entry):
         coded: The weights that are kept as codes.
         slots: The places of adapters.
         pool: Names of the adapters in a pooled graph, by id.
+        task: What the model is for.
     """
 
     branch: BranchKind | None = None
@@ -208,6 +210,7 @@ class Manifest(_Entry):
     coded: tuple[CodedWeight, ...] = ()
     slots: tuple[Slot, ...] = ()
     pool: tuple[str, ...] = ()
+    task: Task = "causal-lm"
 
     @property
     def fingerprint(self) -> int:
@@ -232,6 +235,7 @@ class Manifest(_Entry):
             "coded": _CODED.dump_json(self.coded).decode() if self.coded else None,
             "slots": _dump_slots(self.slots) if self.slots else None,
             "pool": json.dumps(self.pool) if self.pool else None,
+            "task": self.task if self.task != "causal-lm" else None,
         }
         return {f"{_PREFIX}{name}": value for name, value in found.items() if value is not None}
 
@@ -272,6 +276,7 @@ class Manifest(_Entry):
                 coded=_CODED.validate_json(get("coded", "[]")),
                 slots=_SLOTS.validate_json(get("slots", "[]")),
                 pool=_NAMES.validate_json(get("pool", "[]")),
+                task=get("task", "causal-lm"),  # type: ignore[arg-type]
             )
         except ValidationError as error:
             raise CheckpointError(

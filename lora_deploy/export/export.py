@@ -197,6 +197,7 @@ def _manifest(plan: ExportPlan, hashes: Mapping[str, str]) -> Manifest:
         coded=coded,
         slots=plan.lowered.slots,
         pool=tuple(plan.adapters) if plan.branch == "pooled" else (),
+        task=plan.base.task,
     )
 
 
@@ -223,11 +224,12 @@ def _large_constants(graph: ir.Model) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _provenance(plan: ExportPlan, data_sha256: str) -> dict[str, str]:
     """What the model was made of, for `metadata_props`; no times, so that the same input gives the same bytes."""
+    sources = ("mobius-onnx",) if plan.lowered.graph.genai_config else ("transformers",)
     entries = {
         "lora_deploy.base_model": plan.model,
         "lora_deploy.provider": plan.provider,
         "lora_deploy.data_sha256": data_sha256,
-        "lora_deploy.versions": json.dumps({name: _version(name) for name in ("mobius-onnx", "onnx-ir", "torch")}),
+        "lora_deploy.versions": json.dumps({name: _version(name) for name in (*sources, "onnx-ir", "torch")}),
     }
     if plan.adapters:
         described = {
@@ -256,7 +258,10 @@ def _write_side_files(plan: ExportPlan, staging: Path) -> None:
         config.pop(key, None)
     config["dtype"] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[plan.compute_dtype]
     try:
-        for name, values in (("config.json", config), ("genai_config.json", _genai_config(plan))):
+        files = {"config.json": config}
+        if plan.lowered.graph.genai_config:
+            files["genai_config.json"] = _genai_config(plan)
+        for name, values in files.items():
             (staging / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         for name in ("generation_config.json", *TOKENIZER_FILES):
             source = plan.base.directory / name

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from lora_deploy.errors import CheckpointError
 
-__all__ = ["Graph", "Segment", "WeightSource", "build_graph"]
+__all__ = ["Graph", "Segment", "WeightSource", "as_unsupported", "build_graph", "quiet"]
 
 # mobius' names of the types that a graph can compute in.
 _DTYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
@@ -59,7 +59,7 @@ class Graph:
     Attributes:
         model: The graph; initializers that wait for a weight have no value.
         sources: Where each of them gets it, by name of the initializer.
-        genai_config: What onnxruntime-genai needs to know of the model, as a dict.
+        genai_config: What onnxruntime-genai needs to know of the model, as a dict; empty for one that it cannot run.
     """
 
     model: ir.Model
@@ -101,7 +101,7 @@ def build_graph(
             expected="a model type that mobius-onnx knows",
         )
     _refuse_window(config, file)
-    with tempfile.TemporaryDirectory() as directory, _quiet("mobius"), _as_unsupported(model_type, file):
+    with tempfile.TemporaryDirectory() as directory, quiet("mobius"), as_unsupported(model_type, file):
         config.save_pretrained(directory)
         module_class = registry.get(model_type)
         package = mobius.build(
@@ -114,7 +114,7 @@ def build_graph(
     model: ir.Model = package["model"]
     model.graph.name = model_type  # mobius puts the temporary directory here
     waiting = {name for name, value in model.graph.initializers.items() if value.const_value is None}
-    with _as_unsupported(model_type, file):
+    with as_unsupported(model_type, file):
         sources = _trace_sources(module_class(package.config), shapes, file)
     _check_sources(model, waiting, sources, shapes, file)
     return Graph(
@@ -142,8 +142,8 @@ def _refuse_window(config: PreTrainedConfig, file: str | Path) -> None:
 
 
 @contextmanager
-def _as_unsupported(model_type: str, file: str | Path) -> Iterator[None]:
-    """Whatever mobius raises: its exceptions have no common base."""
+def as_unsupported(model_type: str, file: str | Path) -> Iterator[None]:
+    """Whatever a source of graphs raises, as a CheckpointError: mobius' and torch's exceptions have no common base."""
     try:
         yield
     except CheckpointError:
@@ -158,7 +158,8 @@ def _as_unsupported(model_type: str, file: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(logger: str) -> Iterator[None]:
+def quiet(logger: str) -> Iterator[None]:
+    """Let a library log errors only."""
     level = logging.getLogger(logger).level
     logging.getLogger(logger).setLevel(logging.ERROR)
     try:

@@ -6,16 +6,19 @@ original one: the adapter has learnt to live with the quantization error, and wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from lora_deploy.adapter import LoraAdapter, LoraUpdate
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
+from lora_deploy.quantization.scheme import QuantizationScheme
+from lora_deploy.task import find_task
 
-__all__ = ["MergedParameters", "drop_copies", "hash_adapter"]
+__all__ = ["MergedParameters", "drop_copies", "hash_adapter", "open_base"]
 
 
 class MergedParameters:
@@ -63,6 +66,23 @@ class MergedParameters:
         if update is None:
             return next(weight.stored()) if weight.scheme == "none" else weight.dequantize()
         return _add(weight.dequantize(), update)
+
+
+def open_base(model: str | Path, scheme: QuantizationScheme | None, adapters: Iterable[LoraAdapter]) -> TrainingBase:
+    """The training base of some adapters, which may make a classifier of a checkpoint that has no head.
+
+    Args:
+        model: A local directory or a hub id.
+        scheme: As `TrainingBase` takes it.
+        adapters: Those that were trained on it.
+
+    Raises:
+        CheckpointError: As `TrainingBase`.
+    """
+    adapters = list(adapters)
+    is_classifier = find_task(None, [adapter.config.task_type for adapter in adapters]) == "sequence-classification"
+    trained = {name: tuple(values.shape) for adapter in adapters for name, values in adapter.parameters.items()}
+    return TrainingBase(model, scheme, task="sequence-classification" if is_classifier else None, trained=trained)
 
 
 def drop_copies(adapter: LoraAdapter, base: TrainingBase) -> LoraAdapter:

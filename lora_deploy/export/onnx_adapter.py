@@ -12,10 +12,9 @@ import torch
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
 from lora_deploy.adapter.packing import check_slots, pack_slots
 from lora_deploy.errors import AdapterError, OutputError, UsageError
-from lora_deploy.export.merge import drop_copies
+from lora_deploy.export.merge import drop_copies, open_base
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, read_metadata
 from lora_deploy.quantization import QuantizationScheme
-from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.run.session import host_ortvalue, import_onnxruntime, numpy_dtype
 
 __all__ = ["check_name", "convert_adapter", "write_onnx_adapter"]
@@ -95,7 +94,7 @@ def convert_adapter(
             remedy="export the base as it was trained on with --branch",
         )
     if lora.parameters and Path(base_model := read_metadata(directory)["lora_deploy.base_model"]).is_dir():
-        lora = drop_copies(lora, TrainingBase(base_model, quantization))
+        lora = drop_copies(lora, open_base(base_model, quantization, [lora]))
     return write_onnx_adapter(lora, manifest, directory, name)
 
 

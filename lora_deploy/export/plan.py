@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import get_args
 
 import onnx_ir as ir
+from transformers import PreTrainedConfig
 
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
 from lora_deploy.adapter.packing import check_slots
 from lora_deploy.errors import AdapterError, CheckpointError, OutputError, UsageError
 from lora_deploy.export.coded import CodedBase
-from lora_deploy.export.graph import build_graph
+from lora_deploy.export.graph import Graph, build_graph
 from lora_deploy.export.lower import Branches, Lowered, lower_graph
-from lora_deploy.export.merge import drop_copies
+from lora_deploy.export.merge import drop_copies, open_base
 from lora_deploy.export.options import (
     ComputeDtype,
     Precision,
@@ -26,9 +27,11 @@ from lora_deploy.export.options import (
     check_branch,
     check_precision,
     check_provider,
+    check_task,
     choose_types,
     training_scheme,
 )
+from lora_deploy.export.traced import trace_graph
 from lora_deploy.export.writer import MODEL_NAME
 from lora_deploy.manifest import BranchKind
 from lora_deploy.quantization.base import TrainingBase
@@ -133,12 +136,13 @@ def plan_export(
     loras = {name: read_adapter(directory, lazy=True) for name, directory in named.items()}
     loaded = {name: TrainingRecord.load(directory) for name, directory in named.items()}
     records = {name: record for name, record in loaded.items() if record is not None}
-    base = TrainingBase(model, training_scheme(quantization, double_quant, records))
+    base = open_base(model, training_scheme(quantization, double_quant, records), loras.values())
+    check_task(base, branch)
     _check_base(base, quantization, named, records)
     linears = {name: layer.shape for name, layer in base.linears.items()}
-    if base.head is not None:
-        rows, columns = base.shapes[f"{base.head}.weight"]
-        linears[base.head] = (rows, columns)
+    for head in base.heads:
+        rows, columns = base.shapes[f"{head}.weight"]
+        linears[head] = (rows, columns)
     for lora in loras.values():
         lora.check_against(base.shapes, linears)
     loras = {name: drop_copies(lora, base) for name, lora in loras.items()}
@@ -237,7 +241,7 @@ def _prepare_graph(
     config = base.config
     if broken:
         config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
-    graph = build_graph(config, shapes, precision=compute_dtype, provider=provider, file=base.directory / "config.json")
+    graph = _build_graph(base, config, shapes, compute_dtype, provider)
     branches = None
     if branch is not None:
         tied = {
@@ -248,3 +252,17 @@ def _prepare_graph(
         targets = updated | set(base.linears) if branch == "hot-swap" else updated
         branches = Branches(branch, tuple(adapters.values()), targets, tied, int8)
     return lower_graph(graph, coded_base, branches)
+
+
+def _build_graph(
+    base: TrainingBase,
+    config: PreTrainedConfig,
+    shapes: dict[str, tuple[int, ...]],
+    compute_dtype: ComputeDtype,
+    provider: Provider,
+) -> Graph:
+    """The graph from the source that knows the model's task: mobius has no classification heads."""
+    file = base.directory / "config.json"
+    if base.task == "sequence-classification":
+        return trace_graph(config, precision=compute_dtype, file=file)
+    return build_graph(config, shapes, precision=compute_dtype, provider=provider, file=file)

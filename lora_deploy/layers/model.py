@@ -32,6 +32,9 @@ __all__ = [
 _logger = logging.getLogger(__name__)
 _Model = TypeVar("_Model", bound=nn.Module)
 
+# PEFT saves the head of a classifier whatever its name: both of these, of which a model has one.
+_CLASSIFIER_HEADS = ("classifier", "score")
+
 
 class ParameterCount(NamedTuple):
     """How many parameters are trained, of how many; a 4-bit weight counts as the numbers it stands for."""
@@ -209,6 +212,8 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         # PEFT's rule, which "norm" makes "input_layernorm" too; a part of a module that is saved is saved with it.
         matches = {name: module for name, module in model.named_modules() if name.endswith(wanted)}
         matches = {name: module for name, module in matches.items() if any(True for _ in module.parameters())}
+        if not matches and config.task_type == "SEQ_CLS" and wanted in _CLASSIFIER_HEADS:
+            continue
         if not matches:
             near = difflib.get_close_matches(wanted, _endings(dict(model.named_modules())), n=3, cutoff=0.4)
             raise ConfigError(

@@ -8,43 +8,27 @@ bitsandbytes' codes in the place of a weight; none of that is visible from outsi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lora_deploy.checkpoint import Checkpoint, resolve_model
 from lora_deploy.errors import CheckpointError, InputError
 from lora_deploy.quantization.hashes import hash_tensors
-from lora_deploy.quantization.model import linear_modules
+from lora_deploy.quantization.model import head_modules, linear_modules
 from lora_deploy.quantization.quantize import expand_absmax, quantize
 from lora_deploy.quantization.scheme import QuantizationScheme
+from lora_deploy.quantization.skeleton import describe_linear, find_aliases, make_skeleton
 from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, Int8Weight, QuantizedWeight
+from lora_deploy.task import Task, find_task
 
-__all__ = ["LinearLayer", "TrainingBase"]
+__all__ = ["TrainingBase"]
 
 _4BIT_STATE = "weight.quant_state.bitsandbytes__"
-
-
-@dataclass(frozen=True)
-class LinearLayer:
-    """A linear layer of the model.
-
-    Attributes:
-        shape: (out, in).
-        is_conv1d: Whether the checkpoint stores the weight as (in, out).
-        has_bias: Whether there is a bias.
-    """
-
-    shape: tuple[int, int]
-    is_conv1d: bool
-    has_bias: bool
 
 
 class TrainingBase:
@@ -54,14 +38,18 @@ class TrainingBase:
         model: A local directory or a hub id.
         scheme: How the linear layers were quantized for training. Ignored for a checkpoint that is quantized already,
             unless it contradicts it.
+        task: What the model is for; None for what its configuration says.
+        trained: Shape of each parameter that the adapter holds whole, by name. The head of a classifier may be there
+            only: it decides the number of classes then.
 
     Attributes:
         directory: Where the checkpoint is.
         config: The configuration of the model, without any quantization.
+        task: What the model is for.
         scheme: The scheme in force.
         linears: The linear layers but the output head, by name.
-        head: Name of the output head, if it is a linear layer. It is among `linears` only where the checkpoint holds it
-            quantized.
+        heads: Names of the linear layers of the output head. They are among `linears` only where the checkpoint holds
+            them quantized.
         dtype: Type that transformers loads the parameters in: the configuration's, or else that of the file. Whatever
             is not quantized is cast to it, as it was in training.
         shapes: The shape of every parameter and persistent buffer, as the plain transformers model has it.
@@ -71,27 +59,48 @@ class TrainingBase:
         CheckpointError: The checkpoint is missing, damaged, or holds a parameter of another shape.
     """
 
-    def __init__(self, model: str | Path, scheme: QuantizationScheme | None = None) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        scheme: QuantizationScheme | None = None,
+        *,
+        task: Task | None = None,
+        trained: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
         self.directory = resolve_model(model)
         self.checkpoint = Checkpoint(self.directory)
         stored = QuantizationScheme.from_model_config(self.checkpoint.config, self.directory / "config.json")
         self.prequantized = stored is not None
         self.scheme = self._agree(stored, scheme)
+        self.task: Task = task or find_task(self.checkpoint.config.get("architectures"))
         self.config = self._read_config()
-        with self._as_bad_configuration():
-            skeleton = _skeleton(self.config)
-        self.linears = {name: _describe(module) for name, module in linear_modules(skeleton).items()}
-        output_head = skeleton.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.head = next((name for name, module in skeleton.named_modules() if module is output_head), None)
+        self._trained = dict(trained or {}) if self.task == "sequence-classification" else {}
+        skeleton = self._make_skeleton()
+        self.linears = {name: describe_linear(module) for name, module in linear_modules(skeleton).items()}
+        self.heads = tuple(head_modules(skeleton))
         self.shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
-        self._prefix = f"{skeleton.base_model_prefix}."
-        self.aliases = self._real_ties(_aliases(skeleton))
-        if self.head is not None and self._is_quantized(f"{self.head}.weight"):
-            self.linears[self.head] = _describe(skeleton.get_submodule(self.head))
+        self.aliases = self._real_ties(find_aliases(skeleton))
+        for head in self.heads:
+            if self._is_quantized(f"{head}.weight"):
+                self.linears[head] = describe_linear(skeleton.get_submodule(head))
         self.dtype = self._loading_dtype()
         self._sha256: str | None = None
         self._codes_of: dict[str, tuple[str, int]] = {}
         self._check()
+
+    def _make_skeleton(self) -> PreTrainedModel:
+        """The model of the configuration, which is told how many classes the adapter's own head knows."""
+        with self._as_bad_configuration():
+            skeleton = make_skeleton(self.config, self.task)
+        self._prefix = f"{skeleton.base_model_prefix}."
+        if self.task == "sequence-classification":
+            last = f"{next(reversed(head_modules(skeleton)), '')}.weight"
+            shape = self._trained.get(last)
+            if shape is not None and self._key(last) is None and shape[0] != self.config.num_labels:
+                self.config.num_labels = shape[0]
+                skeleton = make_skeleton(self.config, self.task)
+            self.config.architectures = [type(skeleton).__name__]
+        return skeleton
 
     def _real_ties(self, aliases: dict[str, str]) -> dict[str, str]:
         """The ties that hold: transformers keeps parameters apart where the checkpoint has other values for each."""
@@ -135,14 +144,15 @@ class TrainingBase:
     @contextmanager
     def _as_bad_configuration(self) -> Iterator[None]:
         """Whatever transformers makes of a configuration that is wrong: its own exceptions have no common base."""
+        kind = "classifier" if self.task == "sequence-classification" else "causal language model"
         try:
             yield
         except Exception as error:
             raise CheckpointError(
-                "transformers cannot make a causal language model of the configuration",
+                f"transformers cannot make a {kind} of the configuration",
                 file=self.directory / "config.json",
                 found=f"{type(error).__name__}: {error}".splitlines()[0][:300],
-                remedy="give the directory of a causal language model that transformers loads",
+                remedy=f"give the directory of a {kind} that transformers loads",
             ) from error
 
     def _check(self) -> None:
@@ -152,7 +162,7 @@ class TrainingBase:
                 continue
             key = self._key(name)
             if key is None:
-                missing.append(name)
+                missing += [] if name in self._trained else [name]
             elif not self._is_quantized(name) and self.checkpoint.shape(key) != shape:
                 raise CheckpointError(
                     "a weight does not have the shape that the model's configuration gives it",
@@ -166,14 +176,26 @@ class TrainingBase:
                 f"the checkpoint lacks {len(missing)} of the model's {len(self.shapes)} weights",
                 file=self.directory,
                 tensor=missing[0],
-                remedy="copy or download the whole model again, or save it again with this version of transformers",
+                remedy=self._remedy_for(missing),
             )
 
+    def _remedy_for(self, missing: list[str]) -> str:
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in missing)
+        if self.task == "sequence-classification" and set(modules) <= set(self.heads):
+            roots = ", ".join(dict.fromkeys(module.partition(".")[0] for module in modules))
+            return f"give a base with a trained head, or an adapter that was trained with modules_to_save: {roots}"
+        return "copy or download the whole model again, or save it again with this version of transformers"
+
     def _key(self, name: str) -> str | None:
-        """The checkpoint's name of a parameter: as it is, or without or with the prefix of the inner model."""
-        for candidate in (name, name.removeprefix(self._prefix), self._prefix + name):
-            if candidate in self.checkpoint:
-                return candidate
+        """The checkpoint's name of a parameter: as it is, or without or with the prefix of the inner model.
+
+        Google's first BERT checkpoints call a layer norm's weight and bias gamma and beta.
+        """
+        older = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        for spelled in dict.fromkeys((name, older)):
+            for candidate in (spelled, spelled.removeprefix(self._prefix), self._prefix + spelled):
+                if candidate in self.checkpoint:
+                    return candidate
         return None
 
     def _require_key(self, name: str) -> str:
@@ -314,27 +336,3 @@ class TrainingBase:
         if self._sha256 is None:
             self._sha256 = hash_tensors((name, [self.checkpoint.read(name)]) for name in sorted(self.checkpoint))
         return self._sha256
-
-
-def _skeleton(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without memory for its weights: names, shapes, layer types and ties."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    model.tie_weights()
-    return model
-
-
-def _describe(module: nn.Module) -> LinearLayer:
-    rows, columns = (int(size) for size in module.weight.shape)  # type: ignore[union-attr]
-    is_conv1d = isinstance(module, Conv1D)
-    return LinearLayer((columns, rows) if is_conv1d else (rows, columns), is_conv1d, module.bias is not None)
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    first: dict[int, str] = {}
-    aliases = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in first:
-            aliases[name] = first[id(parameter)]
-        first.setdefault(id(parameter), name)
-    return aliases

@@ -8,7 +8,7 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_deploy.checkpoint import read_json, resolve_model
@@ -16,8 +16,17 @@ from lora_deploy.errors import CheckpointError
 from lora_deploy.quantization.quantize import expand_absmax
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, Int8Weight, QuantizedWeight
+from lora_deploy.task import Task, auto_class, find_task
 
-__all__ = ["is_linear", "keep_codes", "linear_modules", "load_base_model", "quantize_model", "quantized_weight"]
+__all__ = [
+    "head_modules",
+    "is_linear",
+    "keep_codes",
+    "linear_modules",
+    "load_base_model",
+    "quantize_model",
+    "quantized_weight",
+]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -27,9 +36,23 @@ def is_linear(module: nn.Module) -> bool:
 
 def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     """All linear layers of a model but its output head, by full dotted name, in the order of the model."""
+    heads = head_modules(model)
+    return {name: module for name, module in model.named_modules() if is_linear(module) and name not in heads}
+
+
+def head_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model's output head, by full dotted name, in the order of the model.
+
+    That of a language model is one layer. That of a classifier is what lies outside of the inner model (RoBERTa's
+    `classifier.dense` and `classifier.out_proj`): it is trained whole, so it is not quantized and gets no adapter.
+    """
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    return {name: module for name, module in model.named_modules() if is_linear(module) and module is not head}
+    if head is not None:
+        return {name: module for name, module in model.named_modules() if module is head and is_linear(module)}
+    inner = model.base_model if isinstance(model, PreTrainedModel) else model
+    inside = {id(module) for module in inner.modules()}
+    return {name: module for name, module in model.named_modules() if is_linear(module) and id(module) not in inside}
 
 
 def quantized_weight(module: nn.Module) -> QuantizedWeight:
@@ -189,8 +212,10 @@ def load_base_model(
     *,
     device: torch.device | str = "cpu",
     compute_dtype: torch.dtype | None = None,
+    task: Task | None = None,
+    num_labels: int | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model and quantize its linear layers, in one call.
+    """Load a causal language model or a classifier and quantize its linear layers, in one call.
 
     A checkpoint that bitsandbytes quantized is loaded as it is; `quantization` may then not be another scheme.
 
@@ -199,6 +224,8 @@ def load_base_model(
         quantization: The scheme, or a name for its defaults; None for nf4, or for what the checkpoint is.
         device: Where the model goes.
         compute_dtype: Type of everything that is not quantized; None for float32 on a CPU and bfloat16 elsewhere.
+        task: What the model is for; None for what its configuration says.
+        num_labels: How many classes a classifier tells apart; None for what its configuration says.
 
     Returns:
         The model, in training mode, with every parameter frozen.
@@ -211,7 +238,8 @@ def load_base_model(
     directory = resolve_model(model)
     if isinstance(quantization, str):
         quantization = QuantizationScheme(method=quantization)  # type: ignore[arg-type]
-    stored = QuantizationScheme.from_model_config(read_json(directory / "config.json"), directory / "config.json")
+    config = read_json(directory / "config.json")
+    stored = QuantizationScheme.from_model_config(config, directory / "config.json")
     if stored is not None and quantization is not None and quantization.method not in ("none", stored.method):
         raise CheckpointError(
             "the checkpoint is quantized already, by another scheme than the one asked for",
@@ -219,7 +247,9 @@ def load_base_model(
             found=stored,
             expected=quantization,
         )
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
+    options = {} if num_labels is None else {"num_labels": num_labels}
+    task = task or find_task(config.get("architectures"))
+    loaded = auto_class(task).from_pretrained(directory, dtype="auto", **options)
     if stored is None:
         quantize_model(loaded, quantization or QuantizationScheme(method="nf4"), device)
     for parameter in loaded.parameters():

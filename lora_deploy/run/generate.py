@@ -12,10 +12,11 @@ from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from lora_deploy.checkpoint import read_json
-from lora_deploy.errors import CheckpointError, UsageError
+from lora_deploy.errors import UsageError
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.sampling import Sampling
 from lora_deploy.run.session import OnnxSession, Weights
+from lora_deploy.run.tokenizer import load_tokenizer
 
 __all__ = ["OnnxModel"]
 
@@ -40,7 +41,7 @@ class OnnxModel:
     Raises:
         CheckpointError: The directory is no export or is damaged.
         AdapterError: The adapter cannot be read or is not one for this export.
-        UsageError: onnxruntime or the provider is not installed, or there is no such adapter.
+        UsageError: It is a classifier, onnxruntime or the provider is not installed, or there is no such adapter.
     """
 
     def __init__(
@@ -51,21 +52,15 @@ class OnnxModel:
         provider: Literal["cpu", "cuda"] = "cpu",
         weights: Weights = "stored",
     ) -> None:
-        from transformers import AutoTokenizer
-
         self.directory = Path(directory)
         self.session = OnnxSession(self.directory, provider, weights)
+        if self.session.manifest is not None and self.session.manifest.task != "causal-lm":
+            raise UsageError(
+                "this export is a classifier: it writes no text", found=directory, remedy="open it with OnnxClassifier"
+            )
         self.adapters = Adapters(self.session, self.directory)
         self.set_adapter(adapter)
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(self.directory)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(
-                "the export has no tokenizer that can be read",
-                file=self.directory,
-                found=str(error).splitlines()[0],
-                remedy="export again from a base that has its tokenizer files",
-            ) from error
+        self.tokenizer = load_tokenizer(self.directory)
         self.eos_token_ids = self._find_eos_token_ids()
         self.context_length = self._find_context_length()
         self.tokens_per_second: float | None = None

@@ -52,7 +52,7 @@ def check_weights(weights: str) -> None:
 
 
 class OnnxSession:
-    """A causal language model in onnxruntime.
+    """A causal language model or a classifier in onnxruntime.
 
     Args:
         model: The `model.onnx` file, or the directory that holds it.
@@ -64,6 +64,7 @@ class OnnxSession:
     Attributes:
         provider: The provider in use.
         has_position_ids: Whether the graph takes position ids.
+        has_token_type_ids: Whether the graph tells two texts of a pair apart.
         optional_inputs: onnxruntime's types of the inputs that may be left out, by name.
         manifest: What the graph says of itself; None where lora-deploy did not make it.
 
@@ -113,6 +114,7 @@ class OnnxSession:
         self.manifest = Manifest.read(metadata, file) if "lora_deploy.precision" in metadata else None
         inputs = self.session.get_inputs()
         self.has_position_ids = any(node.name == "position_ids" for node in inputs)
+        self.has_token_type_ids = any(node.name == "token_type_ids" for node in inputs)
         self.optional_inputs = {node.name: node.type for node in self.session.get_overridable_initializers()}
         self._past = [node for node in inputs if node.name.startswith("past_key_values.")]
         self._outputs = [node.name for node in self.session.get_outputs()]
@@ -163,6 +165,7 @@ class OnnxSession:
         attention_mask: NDArray[np.int64],
         cache: Cache | None = None,
         adapter: Mapping[str, Any] | None = None,
+        token_type_ids: NDArray[np.int64] | None = None,
     ) -> tuple[NDArray[np.float32], Cache]:
         """Run new tokens through the model.
 
@@ -172,16 +175,21 @@ class OnnxSession:
             cache: What the last call returned; None to begin.
             adapter: Optional inputs: A and B of the slots, or the adapters' ids of a pooled graph, uploaded. They are
                 bound as inputs, for onnxruntime ignores the active adapters of a run that has bindings.
+            token_type_ids: (batch, new), which text of a pair each token is of, where the graph asks for it; None for
+                the first.
 
         Returns:
             Logits, float32 (batch, new, vocabulary), and the cache with the new tokens. The cache stays on the device;
-            rows of padding hold logits without meaning.
+            rows of padding hold logits without meaning. A classifier's logits are (batch, labels), its cache is empty.
         """
         batch, new = input_ids.shape
         feeds = {"input_ids": self.upload(input_ids), "attention_mask": self.upload(attention_mask)}
         if self.has_position_ids:
             positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -new:]
             feeds["position_ids"] = self.upload(positions.astype(np.int64))
+        if self.has_token_type_ids:
+            types = np.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+            feeds["token_type_ids"] = self.upload(types)
         feeds |= cache if cache is not None else self.empty_cache(batch)
         binding = self.session.io_binding()
         for name, value in {**feeds, **(adapter or {})}.items():

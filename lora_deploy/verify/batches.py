@@ -8,6 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.task import Task
 
 __all__ = ["Batch", "make_batches"]
 
@@ -32,12 +33,32 @@ class Batch:
         input_ids: int64 (batch, length).
         attention_mask: int64 (batch, length).
         decoded: How many tokens at the end are decoded.
+        task: Of the model. A classifier gives logits for each row, "of one token", and decodes nothing.
     """
 
     name: str
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     decoded: int
+    task: Task = "causal-lm"
+
+    def phases(self) -> list[tuple[str, slice, torch.Tensor]]:
+        """What is compared apart: a name, which of the logits, and their mask.
+
+        Prefill and decoding, so that the many tokens of the one do not hide the few of the other.
+        """
+        if self.task == "sequence-classification":
+            return [(self.name, slice(None), torch.ones_like(self.attention_mask[:, :1]))]
+        start, mask = self.prefilled, self.attention_mask
+        return [
+            (f"prefill, {self.name}", slice(None, start), mask[:, :start]),
+            (f"decode, {self.name}", slice(start, None), mask[:, start:]),
+        ]
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether the base alone must fail here. One text may be a clear case for a classifier without its update."""
+        return self.task != "sequence-classification" or len(self.input_ids) > 1
 
     @property
     def prefilled(self) -> int:
@@ -47,16 +68,23 @@ class Batch:
 
 def make_batches(base: TrainingBase) -> list[Batch]:
     """The batches to compare: one padded on the right, one padded on the left, and a single long row."""
-    context = base.config.max_position_embeddings
-    decoded = min(_DECODED, context // 2)
+    is_classifier = base.task == "sequence-classification"
+    padding, context = 0, getattr(base.config, "max_position_embeddings", 2 * _LONG)
+    if is_classifier:
+        padding = base.config.pad_token_id or 0
+        # RoBERTa's kind counts positions from pad_token_id + 1. Where that id is large, the model is of another kind.
+        context -= padding + 1 if padding + 1 < context // 2 else 0
+    decoded = 0 if is_classifier else min(_DECODED, context // 2)
     *rows, long = _token_rows(base, context - decoded)
+    if is_classifier:  # a row is only one prediction, so there are three times as many
+        rows += [row[: max(len(row) // part, 1)] for part in (2, 4) for row in rows]
     more = torch.randint(0, base.config.vocab_size, (len(rows), decoded), generator=torch.Generator().manual_seed(1))
     batches = []
     for name, some in (("right-padded", rows), ("left-padded", rows), ("single", [long])):
-        ids, mask = _pad(some, left=name == "left-padded")
+        ids, mask = _pad(some, padding, left=name == "left-padded")
         grown = more[: len(some)]
         ids, mask = torch.cat([ids, grown], dim=1), torch.cat([mask, torch.ones_like(grown)], dim=1)
-        batches.append(Batch(name, ids, mask, decoded))
+        batches.append(Batch(name, ids, mask, decoded, base.task))
     return batches
 
 
@@ -76,9 +104,9 @@ def _token_rows(base: TrainingBase, room: int) -> list[torch.Tensor]:
     return [torch.randint(0, base.config.vocab_size, (length,), generator=generator) for length in lengths]
 
 
-def _pad(rows: list[torch.Tensor], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(rows: list[torch.Tensor], padding: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     length = max(len(row) for row in rows)
-    ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    ids = torch.full((len(rows), length), padding)
     mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
         place = slice(length - len(row), length) if left else slice(0, len(row))

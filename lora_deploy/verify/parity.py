@@ -24,7 +24,7 @@ from lora_deploy.run.session import OnnxSession, Weights, import_onnxruntime
 from lora_deploy.verify.batches import Batch, make_batches
 from lora_deploy.verify.codes import check_adapter_codes, check_codes
 from lora_deploy.verify.metrics import compare_logits, is_within
-from lora_deploy.verify.reference import compute_logits, load_live_model, load_twin
+from lora_deploy.verify.reference import compute_class_logits, compute_logits, load_live_model, load_twin
 from lora_deploy.verify.report import CaseResult, Metrics, ParityReport
 from lora_deploy.verify.shadow import write_float32_shadow
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
@@ -67,7 +67,7 @@ def check_parity(
     batches = make_batches(base)
     steps = len(adapters) + 1
     on_progress("verifying", 0, steps)
-    alone = run_twin(base, None, batches)
+    alone = run_twin(base, None, batches, _trained_head(base, adapters))
     with _open_session(directory, provider, weights) as (session, row, notes):
         manifest = session.manifest
         assert manifest is not None
@@ -129,9 +129,23 @@ def _weak_effects(results: Sequence[CaseResult], tolerance: Tolerance) -> list[s
     ]
 
 
-def run_twin(base: TrainingBase, adapter: LoraAdapter | None, batches: Sequence[Batch]) -> list[torch.Tensor]:
-    """The reference's logits of each batch: the twin, with the adapter as a live branch."""
-    twin = load_twin(base)
+def _trained_head(base: TrainingBase, adapters: Mapping[str, LoraAdapter]) -> Mapping[str, torch.Tensor]:
+    """What the control of a classifier has of its adapter: the base may have no head, and another head proves nothing.
+
+    What it lacks is the low-rank update. Only an adapter that is alone in its export holds parameters whole.
+    """
+    is_classifier = base.task == "sequence-classification"
+    return next(iter(adapters.values())).parameters if is_classifier and adapters else {}
+
+
+def run_twin(
+    base: TrainingBase,
+    adapter: LoraAdapter | None,
+    batches: Sequence[Batch],
+    head: Mapping[str, torch.Tensor] | None = None,
+) -> list[torch.Tensor]:
+    """The reference's logits of each batch: the twin, with the adapter as a live branch, or with its head only."""
+    twin = load_twin(base, head)
     if adapter is not None:
         # `merge_weights` would merge the twin's branch, too.
         config = adapter.config.model_copy(update={"merge_weights": False})
@@ -205,7 +219,7 @@ def _compare_all(
 ) -> list[CaseResult]:
     results = []
     for number, batch in enumerate(batches):
-        control = alone[number] if alone is not None else None
+        control = alone[number] if alone is not None and batch.tells_apart else None
         results += _compare_batch(label, batch, trained[number], exported[number], control, tolerance)
     return results
 
@@ -218,15 +232,12 @@ def _compare_batch(
     alone: torch.Tensor | None,
     tolerance: Tolerance,
 ) -> list[CaseResult]:
-    """Prefill and decoding apart, so that the many tokens of the one do not hide the few of the other."""
     results = []
-    for phase, tokens in (("prefill", slice(None, batch.prefilled)), ("decode", slice(batch.prefilled, None))):
-        mask = batch.attention_mask[:, tokens]
+    for name, tokens, mask in batch.phases():
         export = compare_logits(trained[:, tokens], exported[:, tokens], mask, tolerance.tie_margin)
         control = None
         if alone is not None:
             control = compare_logits(alone[:, tokens], exported[:, tokens], mask, tolerance.tie_margin)
-        name = f"{phase}, {batch.name}"
         results.append(
             CaseResult(
                 adapter=label,
@@ -268,12 +279,15 @@ def _open_session(directory: Path, provider: str, weights: Weights) -> Iterator[
 
 
 def _run_model(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    return compute_logits(model, batch.input_ids, batch.attention_mask)
+    compute = compute_class_logits if batch.task == "sequence-classification" else compute_logits
+    return compute(model, batch.input_ids, batch.attention_mask)
 
 
 def run_export(session: OnnxSession, batch: Batch, adapter: Mapping[str, Any]) -> torch.Tensor:
     """Logits of the whole batch, the last tokens one by one through the cache."""
     ids, mask = batch.input_ids.numpy(), batch.attention_mask.numpy()
+    if batch.task == "sequence-classification":
+        return torch.from_numpy(session.forward(ids, mask, adapter=adapter)[0])[:, None]
     first = batch.prefilled
     logits, cache = session.forward(ids[:, :first], mask[:, :first], adapter=adapter)
     parts = [logits]

@@ -8,25 +8,37 @@ never merged. bitsandbytes' own forward is no reference, for in 8 bits it quanti
 from __future__ import annotations
 
 import warnings
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_deploy.adapter import LoraAdapter, apply_adapter
+from lora_deploy.export.graph import quiet
 from lora_deploy.quantization import DenseWeight, load_base_model, quantize, quantized_weight
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.model import is_linear
+from lora_deploy.task import auto_class
 
-__all__ = ["compute_logits", "load_live_model", "load_twin"]
+__all__ = ["compute_class_logits", "compute_logits", "load_live_model", "load_twin"]
 
 
-def load_twin(base: TrainingBase) -> PreTrainedModel:
-    """The base as it was trained on, dequantized, in float32 on the CPU; `apply_adapter` adds the branch."""
-    model = AutoModelForCausalLM.from_pretrained(base.directory, dtype="auto", attn_implementation="eager")
+def load_twin(base: TrainingBase, head: Mapping[str, torch.Tensor] | None = None) -> PreTrainedModel:
+    """The base as it was trained on, dequantized, in float32 on the CPU; `apply_adapter` adds the branch.
+
+    Args:
+        base: The training base.
+        head: Parameters, by name, that take the place of the base's: the head of a classifier.
+    """
+    # A head that the checkpoint lacks is said to need training; the adapter's takes its place.
+    with quiet("transformers"):
+        model = auto_class(base.task).from_pretrained(
+            base.directory, dtype="auto", attn_implementation="eager", **_labels(base)
+        )
     for name, module in [(name, module) for name, module in model.named_modules() if is_linear(module)]:
         weight = quantized_weight(module)
         if not base.prequantized and name in base.linears and base.scheme.applies_to(name):
@@ -45,15 +57,40 @@ def load_twin(base: TrainingBase) -> PreTrainedModel:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.float()
+    for name, values in (head or {}).items():
+        model.get_parameter(name).data = values.float()
     return cast(PreTrainedModel, model.train(False))
 
 
 def load_live_model(base: TrainingBase, adapter: LoraAdapter | None) -> PreTrainedModel:
     """The model as bitsandbytes runs it, adapter included; only to report how far its forward is from the twin's."""
-    model = load_base_model(str(base.directory), base.scheme)
+    with quiet("transformers"):
+        model = load_base_model(str(base.directory), base.scheme, task=base.task, **_labels(base))
     if adapter is not None:
         apply_adapter(model, adapter)
     return cast(PreTrainedModel, model.train(False))
+
+
+def _labels(base: TrainingBase) -> dict[str, Any]:
+    return {"num_labels": base.config.num_labels} if base.task == "sequence-classification" else {}
+
+
+@torch.inference_mode()
+def compute_class_logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Logits of a classifier, as those of a text of one token.
+
+    Args:
+        model: The twin.
+        input_ids: (batch, length).
+        attention_mask: (batch, length), 0 for padding anywhere in a row.
+
+    Returns:
+        float32 (batch, 1, labels).
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+        output = model(input_ids=input_ids, attention_mask=attention_mask)
+    return cast(torch.Tensor, output.logits.float())[:, None]
 
 
 @torch.inference_mode()

@@ -12,10 +12,9 @@ from typing import Any
 
 from lora_deploy.adapter import LoraAdapter, read_adapter
 from lora_deploy.errors import CheckpointError, InputError, UsageError
-from lora_deploy.export.merge import drop_copies, hash_adapter
+from lora_deploy.export.merge import drop_copies, hash_adapter, open_base
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, read_metadata
 from lora_deploy.quantization import QuantizationScheme
-from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.run.adapters import find_adapters
 from lora_deploy.run.session import Weights, check_weights
 from lora_deploy.verify.parity import check_parity
@@ -58,10 +57,12 @@ def verify(
     entries = _read_provenance(directory)
     base_model = model if model is not None else entries["lora_deploy.base_model"]
     scheme = QuantizationScheme.model_validate_json(entries["lora_deploy.quantization"])
+    read = _read_adapters(directory, entries, adapter)
     with _naming("--model"):
-        base = TrainingBase(base_model, scheme)
+        base = open_base(base_model, scheme, read.values())
     _expect(base.sha256(), entries["lora_deploy.base_sha256"], "base", base.directory, "--model")
-    adapters = _read_adapters(directory, entries, adapter, base)
+    adapters = {name: drop_copies(lora, base) for name, lora in read.items()}
+    _expect_adapters(adapters, entries)
     report = check_parity(
         directory,
         base,
@@ -84,7 +85,6 @@ def _read_adapters(
     directory: Path,
     entries: Mapping[str, str],
     given: str | Path | Sequence[str] | Mapping[str, str | Path] | None,
-    base: TrainingBase,
 ) -> dict[str, LoraAdapter]:
     """The adapters to check: those that the export names, where they are now, and those that were added later."""
     recorded: dict[str, dict[str, str]] = json.loads(entries.get("lora_deploy.adapters", "{}"))
@@ -114,11 +114,16 @@ def _read_adapters(
                 remedy="make it again with lora-deploy adapter convert",
             )
         with _naming(f"--adapter {name}=DIR" if manifest.branch else "--adapter"):
-            adapters[name] = drop_copies(read_adapter(recorded[name]["source"] if place is None else place), base)
-        if name in recorded:
-            found = hash_adapter(adapters[name])
-            _expect(found, recorded[name]["sha256"], "adapter", adapters[name].source, "--adapter")
+            adapters[name] = read_adapter(recorded[name]["source"] if place is None else place)
     return adapters
+
+
+def _expect_adapters(adapters: Mapping[str, LoraAdapter], entries: Mapping[str, str]) -> None:
+    """Those that the export was made from must be what they were."""
+    recorded: dict[str, dict[str, str]] = json.loads(entries.get("lora_deploy.adapters", "{}"))
+    for name in recorded.keys() & adapters.keys():
+        found = hash_adapter(adapters[name])
+        _expect(found, recorded[name]["sha256"], "adapter", adapters[name].source, "--adapter")
 
 
 def _name_and_place(

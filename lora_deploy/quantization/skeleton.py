@@ -1,0 +1,55 @@
+"""A model without memory for its weights: names, shapes, layer types and ties."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_deploy.task import Task, auto_class
+
+__all__ = ["LinearLayer", "describe_linear", "find_aliases", "make_skeleton"]
+
+
+@dataclass(frozen=True)
+class LinearLayer:
+    """A linear layer of the model.
+
+    Attributes:
+        shape: (out, in).
+        is_conv1d: Whether the checkpoint stores the weight as (in, out).
+        has_bias: Whether there is a bias.
+    """
+
+    shape: tuple[int, int]
+    is_conv1d: bool
+    has_bias: bool
+
+
+def make_skeleton(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
+    """The model of a configuration on the meta device, its weights tied as they will be."""
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class(task).from_config(config)
+    model.tie_weights()
+    return model
+
+
+def describe_linear(module: nn.Module) -> LinearLayer:
+    """Shape and kind of a linear layer."""
+    rows, columns = (int(size) for size in module.weight.shape)  # type: ignore[union-attr]
+    is_conv1d = isinstance(module, Conv1D)
+    return LinearLayer((columns, rows) if is_conv1d else (rows, columns), is_conv1d, module.bias is not None)
+
+
+def find_aliases(model: nn.Module) -> dict[str, str]:
+    """Names of parameters that are the same as another -> the name that comes first."""
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            aliases[name] = first[id(parameter)]
+        first.setdefault(id(parameter), name)
+    return aliases

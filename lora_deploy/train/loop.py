@@ -121,7 +121,7 @@ def _require_extra() -> None:
 
 
 def _open_base(options: TrainOptions) -> TrainingBase:
-    base = TrainingBase(options.model, options.scheme())
+    base = TrainingBase(options.model, options.scheme(), task="causal-lm")
     if options.quantization is None and not base.prequantized:
         base.scheme = options.default_scheme()
     limit = getattr(base.config, "max_position_embeddings", None)

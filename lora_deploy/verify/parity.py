@@ -24,7 +24,13 @@ from lora_deploy.run.session import OnnxSession, Weights, import_onnxruntime
 from lora_deploy.verify.batches import Batch, make_batches
 from lora_deploy.verify.codes import check_adapter_codes, check_codes
 from lora_deploy.verify.metrics import compare_logits, is_within
-from lora_deploy.verify.reference import compute_class_logits, compute_logits, load_live_model, load_twin
+from lora_deploy.verify.reference import (
+    compute_class_logits,
+    compute_logits,
+    load_live_model,
+    load_twin,
+    put_parameters,
+)
 from lora_deploy.verify.report import CaseResult, Metrics, ParityReport
 from lora_deploy.verify.shadow import write_float32_shadow
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
@@ -145,7 +151,8 @@ def run_twin(
     head: Mapping[str, torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
     """The reference's logits of each batch: the twin, with the adapter as a live branch, or with its head only."""
-    twin = load_twin(base, head)
+    twin = load_twin(base)
+    put_parameters(twin, head or {})
     if adapter is not None:
         # `merge_weights` would merge the twin's branch, too.
         config = adapter.config.model_copy(update={"merge_weights": False})

@@ -24,16 +24,11 @@ from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.model import is_linear
 from lora_deploy.task import auto_class
 
-__all__ = ["compute_class_logits", "compute_logits", "load_live_model", "load_twin"]
+__all__ = ["compute_class_logits", "compute_logits", "load_live_model", "load_twin", "put_parameters"]
 
 
-def load_twin(base: TrainingBase, head: Mapping[str, torch.Tensor] | None = None) -> PreTrainedModel:
-    """The base as it was trained on, dequantized, in float32 on the CPU; `apply_adapter` adds the branch.
-
-    Args:
-        base: The training base.
-        head: Parameters, by name, that take the place of the base's: the head of a classifier.
-    """
+def load_twin(base: TrainingBase) -> PreTrainedModel:
+    """The base as it was trained on, dequantized, in float32 on the CPU; `apply_adapter` adds the branch."""
     # A head that the checkpoint lacks is said to need training; the adapter's takes its place.
     with quiet("transformers"):
         model = auto_class(base.task).from_pretrained(
@@ -57,9 +52,13 @@ def load_twin(base: TrainingBase, head: Mapping[str, torch.Tensor] | None = None
     for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.float()
-    for name, values in (head or {}).items():
-        model.get_parameter(name).data = values.float()
     return cast(PreTrainedModel, model.train(False))
+
+
+def put_parameters(model: PreTrainedModel, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Let parameters that an adapter trained whole take the place of the twin's, in place."""
+    for name, values in parameters.items():
+        model.get_parameter(name).data = values.float()
 
 
 def load_live_model(base: TrainingBase, adapter: LoraAdapter | None) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from lora_deploy.errors import UsageError
 from lora_deploy.terminal import make_console, print_json, print_report, show_progress
 
 if TYPE_CHECKING:
+    from lora_deploy.requantize import Requantization
     from lora_deploy.run.session import Weights
 
 __all__ = ["export", "run", "verify"]
@@ -43,7 +44,7 @@ def export(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Of the weights: fp32, fp16 or bf16; with --branch also nf4, fp4 or int8. "
+            help="Of the weights: fp32, fp16, bf16; with --merge also int8 or int4, with --branch nf4, fp4 or int8. "
             "[default: fp32 on cpu, fp16 on cuda; with --branch what the base was in training]"
         ),
     ] = None,
@@ -55,8 +56,37 @@ def export(
         typer.Option("--expand", help="With --branch: codes that standard operators turn into floats on loading."),
     ] = False,
     accuracy_level: Annotated[
-        int, typer.Option(help="Of int8: 0 leaves activations as they are, 4 rounds them to int8.")
+        int | None,
+        typer.Option(
+            help="Of int8 and int4: 0 leaves activations as they are, 4 rounds them to int8. "
+            "[default: 4 for merged weights on cpu, else 0]"
+        ),
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="With --merge: int8 or int4 weights that share a scale.")] = 32,
+    head_precision: Annotated[
+        str, typer.Option(help="With merged int8 or int4: of embedding and output head: int8, int4 or float.")
+    ] = "int8",
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Layers that get another precision, by part of their name: int8:down_proj,layers.0 or float:v_proj.",
+            metavar="PRECISION:PART,...",
+        ),
+    ] = None,
+    budget_bits: Annotated[
+        float | None,
+        typer.Option(help="With int4: mean bits of a weight, scales as 16 bits; what fits is given int8."),
+    ] = None,
+    correction: Annotated[
+        int, typer.Option(help="With merged int8 or int4: rank of a branch that takes back what rounding lost.")
     ] = 0,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="JSONL to calibrate int8 or int4 on. [default: the training data, if it is there]"),
+    ] = None,
+    calibration_rows: Annotated[
+        int, typer.Option(help="Rows of text to calibrate on; 0 rounds every weight by itself.")
+    ] = 64,
     adapter_precision: Annotated[
         str | None,
         typer.Option(
@@ -86,6 +116,16 @@ def export(
         )
     if fixed and pool:
         raise UsageError("a branch is fixed or pooled", found="--fixed --pool", remedy="leave one out")
+    requantization = None
+    if merge and precision in ("int8", "int4"):
+        requantization = _requantization(
+            precision, block_size, head_precision, keep, budget_bits, correction, calibration, calibration_rows
+        )
+    elif keep or budget_bits is not None or correction or calibration is not None:
+        raise UsageError(
+            "--keep, --budget-bits, --correction and --calibration go with --merge --precision int8 or int4",
+            remedy="add them, or leave these out",
+        )
     console = make_console(quiet, as_json)
     with show_progress(console) as on_progress:
         from lora_deploy.export import export_onnx
@@ -100,6 +140,7 @@ def export(
             compute_dtype=compute_dtype,
             expand=expand,
             accuracy_level=accuracy_level,
+            requantization=requantization,
             adapter_precision=adapter_precision,
             quantization=quantization,
             double_quant=not no_double_quant,
@@ -118,6 +159,33 @@ def export(
         print_json(
             {"output": result.output, "bytes": result.bytes, "parity": report, "warnings": list(result.warnings)}
         )
+
+
+def _requantization(
+    precision: str,
+    block_size: int,
+    head_precision: str,
+    keep: list[str] | None,
+    budget_bits: float | None,
+    correction: int,
+    calibration: Path | None,
+    calibration_rows: int,
+) -> Requantization:
+    from lora_deploy.requantize import Requantization, parse_keep
+
+    heads: dict[str, Literal[4, 8] | None] = {"int8": 8, "int4": 4, "float": None}
+    if head_precision not in heads:
+        raise UsageError("there is no such precision of the head", found=head_precision, expected=", ".join(heads))
+    return Requantization(
+        bits=4 if precision == "int4" else 8,
+        blocksize=block_size,
+        head=heads[head_precision],
+        keep=parse_keep(keep or []),
+        budget_bits=budget_bits,
+        correction=correction,
+        data=calibration,
+        rows=calibration_rows,
+    )
 
 
 def _named(adapters: list[str]) -> dict[str, str | Path]:

@@ -76,25 +76,28 @@ class CodedWeight(_Entry):
     """One matrix product of the graph whose weight is kept as codes.
 
     Attributes:
-        operator: "MatMulBnb4", "MatMulNBits", or "expand": standard operators that onnxruntime folds to a float weight.
-        scheme: What the codes are: "nf4", "fp4" or "int8".
+        operator: "MatMulBnb4", "MatMulNBits", "expand": standard operators that onnxruntime folds to a float weight; or
+            "GatherBlockQuantized", of an embedding that shares no codes with the output head.
+        scheme: What the codes are: "nf4", "fp4", "int8" or "int4".
         blocksize: Weights that share one scale; of "int8" rows that are expanded, a whole row.
         codes: The initializer that holds them.
         scales: The initializer that holds the absmax of each block (4 bits) or the factor on its codes (8 bits).
         output: The value that the product gives, or, expanded, the float weight (out, in).
         modules: The layers, whose rows follow each other.
-        exact: Whether the codes are the training base's own. If not, they were transcoded.
+        exact: Whether the codes are the training base's own. If not, they were transcoded, or made anew.
+        requantized: Whether they were made anew, of the merged weight.
         accuracy_level: Of MatMulNBits: 0 leaves activations as they are, 4 rounds them to int8.
     """
 
-    operator: Literal["MatMulBnb4", "MatMulNBits", "expand"]
-    scheme: Literal["nf4", "fp4", "int8"]
+    operator: Literal["MatMulBnb4", "MatMulNBits", "expand", "GatherBlockQuantized"]
+    scheme: Literal["nf4", "fp4", "int8", "int4"]
     blocksize: int
     codes: str
     scales: str
     output: str
     modules: tuple[StoredModule, ...]
     exact: bool = True
+    requantized: bool = False
     accuracy_level: int = 0
 
     @property
@@ -200,6 +203,7 @@ class Manifest(_Entry):
         slots: The places of adapters.
         pool: Names of the adapters in a pooled graph, by id.
         task: What the model is for.
+        correction: Where a branch stands that takes back part of what rounding merged weights lost.
     """
 
     branch: BranchKind | None = None
@@ -211,6 +215,7 @@ class Manifest(_Entry):
     slots: tuple[Slot, ...] = ()
     pool: tuple[str, ...] = ()
     task: Task = "causal-lm"
+    correction: tuple[Slot, ...] = ()
 
     @property
     def fingerprint(self) -> int:
@@ -235,6 +240,7 @@ class Manifest(_Entry):
             "coded": _CODED.dump_json(self.coded).decode() if self.coded else None,
             "slots": _dump_slots(self.slots) if self.slots else None,
             "pool": json.dumps(self.pool) if self.pool else None,
+            "correction": _dump_slots(self.correction) if self.correction else None,
             "task": self.task if self.task != "causal-lm" else None,
         }
         return {f"{_PREFIX}{name}": value for name, value in found.items() if value is not None}
@@ -276,6 +282,7 @@ class Manifest(_Entry):
                 coded=_CODED.validate_json(get("coded", "[]")),
                 slots=_SLOTS.validate_json(get("slots", "[]")),
                 pool=_NAMES.validate_json(get("pool", "[]")),
+                correction=_SLOTS.validate_json(get("correction", "[]")),
                 task=get("task", "causal-lm"),  # type: ignore[arg-type]
             )
         except ValidationError as error:

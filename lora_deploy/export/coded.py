@@ -22,7 +22,7 @@ from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.quantization.weight import Blockwise4BitWeight, Int8Weight
 
-__all__ = ["CodedBase", "decode", "encode", "stream_codes"]
+__all__ = ["CodedBase", "cast_scales", "decode", "encode", "initializer_shapes", "stream_codes"]
 
 _LARGEST_BNB4_BLOCK = 256  # of MatMulBnb4; a larger block's absmax is repeated, which changes no value
 
@@ -38,7 +38,10 @@ class CodedBase:
         dtype: Of the computation.
         accuracy_level: MatMulNBits' (0: activations stay float; 4: they are rounded to int8).
         whole: Layers that an adapter trained whole: their codes are not what was trained any more.
+        requantized: Whether the codes are made anew, of the merged weights.
     """
+
+    requantized = False
 
     base: TrainingBase
     precision: str
@@ -113,7 +116,7 @@ class CodedBase:
 
     def _blocksize(self, module: str) -> int:
         """Of the initializers."""
-        columns = self.base.linears[module].shape[1]
+        columns = self.shape_of(module)[1]
         own, blocksize = self.base.codes_of(module)
         if self.scheme_of(module) != "int8":
             return blocksize if self.expand else min(blocksize, _LARGEST_BNB4_BLOCK)
@@ -128,9 +131,15 @@ class CodedBase:
         order = [starts[segment.parameter] + row for segment in segments for row in segment.rows]
         return None if order == list(range(total)) else order
 
+    def shape_of(self, module: str) -> tuple[int, int]:
+        """(out, in) of a linear layer, or of an output head."""
+        if module in self.base.linears:
+            return self.base.linears[module].shape
+        rows, columns = self.base.shapes[f"{module}.weight"]
+        return rows, columns
+
     def _rows(self, parameter: str) -> int:
-        layer = self.base.linears.get(_module(parameter))
-        return layer.shape[0] if layer else self.base.shapes[parameter][0]
+        return self.shape_of(_module(parameter))[0]
 
     def _dense(self, model: ir.Model, site: LinearSite, parameter: str, sources: dict[str, WeightSource]) -> Product:
         shape = (self._rows(parameter), site.shape[1])
@@ -143,22 +152,23 @@ class CodedBase:
     def _coded(
         self, model: ir.Model, site: LinearSite, modules: list[str], *, whole: bool
     ) -> tuple[CodedWeight, Product]:
-        scheme = cast(Literal["nf4", "fp4", "int8"], self.scheme_of(modules[0]))
+        scheme = cast(Literal["nf4", "fp4", "int8", "int4"], self.scheme_of(modules[0]))
         operator: Literal["MatMulBnb4", "MatMulNBits", "expand"]
-        operator = "expand" if self.expand else "MatMulNBits" if scheme == "int8" else "MatMulBnb4"
+        operator = "expand" if self.expand else "MatMulNBits" if scheme in ("int8", "int4") else "MatMulBnb4"
         name = site.name if whole else f"{site.name}.{modules[0]}"
         weight = CodedWeight(
             operator=operator,
             scheme=scheme,
             blocksize=self._blocksize(modules[0]),
             codes=f"{name}.weight.codes",
-            scales=f"{name}.weight.{'scales' if scheme == 'int8' else 'absmax'}",
+            scales=f"{name}.weight.{'scales' if scheme in ('int8', 'int4') else 'absmax'}",
             output=f"{name}.weight" if self.expand else f"{name}.product",
-            modules=tuple(StoredModule(name=module, shape=self.base.linears[module].shape) for module in modules),
-            exact=scheme == self.base.codes_of(modules[0])[0],
+            modules=tuple(StoredModule(name=module, shape=self.shape_of(module)) for module in modules),
+            exact=not self.requantized and scheme == self.base.codes_of(modules[0])[0],
+            requantized=self.requantized,
             accuracy_level=self.accuracy_level if operator == "MatMulNBits" else 0,
         )
-        codes_shape, scales_shape = _shapes(weight)
+        codes_shape, scales_shape = initializer_shapes(weight)
         is_signed = operator == "expand" and scheme == "int8"
         codes = ir.val(weight.codes, dtype=ir.DataType.INT8 if is_signed else ir.DataType.UINT8, shape=codes_shape)
         scales_dtype = ir.DataType.FLOAT if self.expand else self.dtype
@@ -175,7 +185,7 @@ class CodedBase:
         if weight.operator == "MatMulBnb4":
             attributes["quant_type"] = int(weight.scheme == "nf4")
         else:
-            attributes |= {"bits": 8, "accuracy_level": self.accuracy_level}
+            attributes |= {"bits": 4 if weight.scheme == "int4" else 8, "accuracy_level": self.accuracy_level}
         node = ir.node(
             weight.operator, [x, codes, scales], attributes=attributes, domain="com.microsoft", name=weight.output
         )
@@ -187,9 +197,12 @@ def _module(parameter: str) -> str:
     return parameter.removesuffix(".weight")
 
 
-def _shapes(weight: CodedWeight) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def initializer_shapes(weight: CodedWeight) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Of the initializers for codes and scales."""
     rows, columns = weight.shape
+    if weight.requantized:
+        blocks = -(-columns // weight.blocksize)
+        return (rows, blocks, weight.blocksize * (4 if weight.scheme == "int4" else 8) // 8), (rows, blocks)
     if weight.scheme == "int8":
         if weight.operator == "expand":
             return (rows, columns), (rows, 1)
@@ -261,6 +274,9 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, coded: CodedWeight, shape:
     """
     rows, columns = shape
     scales = scales.float()
+    if coded.requantized:
+        bits = 4 if coded.scheme == "int4" else 8
+        return AffineWeight.from_packed(codes, scales, shape, coded.blocksize, bits).dequantize()
     if coded.scheme != "int8":
         return Blockwise4BitWeight(codes, scales, shape, coded.scheme, coded.blocksize).dequantize()
     if coded.operator == "expand":
@@ -286,21 +302,27 @@ def stream_codes(
         InputError: A scale is too large or too small for the type of the computation.
     """
     for weight in coded:
+        if weight.requantized:
+            continue
         parts = []
         for module in weight.modules:
             stored = base.weight(module.name)
             hashes[module.name] = hash_tensors(iter([(module.name, list(stored.stored()))]))
             parts.append(encode(stored, weight))
-        codes_shape, scales_shape = _shapes(weight)
+        codes_shape, scales_shape = initializer_shapes(weight)
         codes, scales = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
         del parts
         yield weight.codes, F.pad(codes, (0, math.prod(codes_shape) - codes.numel())).view(codes_shape)
         dtype = ir.tensor_adapters.to_torch_dtype(cast(ir.DataType, model.graph.initializers[weight.scales].dtype))
-        yield weight.scales, _cast_scales(scales, dtype, weight, base).view(scales_shape)
+        yield weight.scales, cast_scales(scales, dtype, weight, base).view(scales_shape)
 
 
-def _cast_scales(scales: torch.Tensor, dtype: torch.dtype, weight: CodedWeight, base: TrainingBase) -> torch.Tensor:
-    """The scales in the type of the computation, which the operators ask of them."""
+def cast_scales(scales: torch.Tensor, dtype: torch.dtype, weight: CodedWeight, base: TrainingBase) -> torch.Tensor:
+    """The scales in the type of the computation, which the operators ask of them.
+
+    Raises:
+        InputError: One is too large or too small for it.
+    """
     result = scales.to(dtype)
     if not bool(torch.isfinite(result).all()) or bool(((result == 0) & (scales != 0)).any()):
         raise InputError(

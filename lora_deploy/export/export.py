@@ -25,10 +25,13 @@ from lora_deploy.export.graph import WeightSource
 from lora_deploy.export.merge import MergedParameters, hash_adapter
 from lora_deploy.export.onnx_adapter import write_onnx_adapter
 from lora_deploy.export.plan import ExportPlan, plan_export
+from lora_deploy.export.requantized import RoundedWeights, stream_rounded
 from lora_deploy.export.weights import stream_weights
 from lora_deploy.export.writer import INLINE_BYTES, TOKENIZER_FILES, commit, staging_directory, write_data, write_model
 from lora_deploy.manifest import BranchKind, Manifest
 from lora_deploy.quantization.hashes import combine_hashes
+from lora_deploy.requantize.options import Requantization
+from lora_deploy.requantize.text import pick_text
 from lora_deploy.run.adapters import find_adapters
 
 if TYPE_CHECKING:
@@ -67,7 +70,8 @@ def export_onnx(
     precision: str | None = None,
     compute_dtype: str | None = None,
     expand: bool = False,
-    accuracy_level: int = 0,
+    accuracy_level: int | None = None,
+    requantization: Requantization | None = None,
     adapter_precision: str | None = None,
     quantization: str = "auto",
     double_quant: bool = True,
@@ -85,11 +89,13 @@ def export_onnx(
         merge: Merge the adapter into the dequantized weights. If not, the base keeps its own codes and the adapter
             stands beside it.
         branch: How, then: "hot-swap", which is None too, "fixed" or "pooled".
-        precision: Of the weights, "fp32", "fp16" or "bf16", and beside a branch also the base's own scheme, or "int8";
-            None for fp32 on cpu and fp16 on cuda, and beside a branch for the base's own scheme.
+        precision: Of the weights, "fp32", "fp16", "bf16", "int8" or "int4", and beside a branch also the base's own
+            scheme, but not "int4"; None for fp32 on cpu and fp16 on cuda, beside a branch for the base's own scheme.
         compute_dtype: "fp32", "fp16" or "bf16" where the weights are codes; None for fp32 on cpu and fp16 on cuda.
         expand: Dequantize the codes by standard operators, which onnxruntime folds when it opens the model.
-        accuracy_level: Of 8-bit products: 0 leaves activations as they are, 4 rounds them to int8.
+        accuracy_level: Of int8 and int4 products: 0 leaves activations as they are, 4 rounds them to int8. None for 4
+            where merged weights become codes for a CPU, else 0.
+        requantization: How merged weights become int8 or int4; None for the defaults.
         adapter_precision: "int8" to store A and B of a fixed or hot-swap branch as int8 codes with a float32 scale for
             each block; None for floats of the type of the computation.
         quantization: What the training base was: "none", "nf4", "fp4", "int8", or "auto".
@@ -120,6 +126,7 @@ def export_onnx(
         compute_dtype=compute_dtype,
         expand=expand,
         accuracy_level=accuracy_level,
+        requantization=requantization,
         adapter_precision=adapter_precision,
         quantization=quantization,
         double_quant=double_quant,
@@ -149,11 +156,14 @@ def _write(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> tuple[Ma
 
     graph = plan.lowered.graph.model
     parameters = MergedParameters(plan.base, _merged(plan))
-    sha256 = write_data(graph, _stream(plan, parameters), staging, on_bytes)
+    rounded = _round(plan, parameters, staging, on_progress) if plan.requantization is not None else None
+    sha256 = write_data(graph, _stream(plan, parameters, rounded), staging, on_bytes)
+    if rounded is not None:
+        rounded.remove()
     ClearMetadataAndDocStringPass()(graph)
     if plan.branch == "hot-swap":
         add_slot_inputs(graph, plan.lowered.slots)
-    manifest = _manifest(plan, parameters.code_hashes)
+    manifest = _manifest(plan, {**parameters.code_hashes, **(rounded.hashes if rounded is not None else {})})
     graph.producer_name, graph.producer_version = "lora-deploy", version("lora-deploy")
     graph.metadata_props.update({**_provenance(plan, sha256), **manifest.entries()})
     write_model(graph, staging)
@@ -169,11 +179,35 @@ def _merged(plan: ExportPlan) -> LoraAdapter | None:
     return replace(adapter, updates={}) if plan.branch == "fixed" else None
 
 
-def _stream(plan: ExportPlan, parameters: MergedParameters) -> Iterator[tuple[str, torch.Tensor]]:
+def _round(plan: ExportPlan, parameters: MergedParameters, staging: Path, on_progress: OnProgress) -> RoundedWeights:
+    """The merged weights as codes."""
+    asked = plan.requantization
+    assert asked is not None
+    texts = []
+    if asked.rows:
+        data = [record.data for record in plan.records.values()]
+        texts = pick_text(plan.base, asked.data, data, asked.rows)
+    rounded = RoundedWeights(staging / ".rounded")
+    scale_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[plan.compute_dtype]
+
+    def on_layer(done: int, total: int) -> None:
+        on_progress("rounding weights", done, total)
+
+    rounded.make(parameters, plan.grids, texts, scale_dtype, asked.correction, on_layer)
+    return rounded
+
+
+def _stream(
+    plan: ExportPlan, parameters: MergedParameters, rounded: RoundedWeights | None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Everything that the graph waits for, one tensor at a time."""
     lowered, graph = plan.lowered, plan.lowered.graph.model
     yield from stream_weights(graph, _largest_first(plan), parameters)
     yield from stream_codes(graph, lowered.coded, plan.base, parameters.code_hashes)
+    if rounded is not None:
+        yield from stream_rounded(graph, lowered.coded, plan.base, rounded)
+        if rounded.updates:
+            yield from stream_branches(lowered.slots, [rounded.correction()], plan.compute_dtype)
     if plan.branch in ("fixed", "pooled"):
         yield from stream_branches(lowered.slots, list(plan.adapters.values()), plan.compute_dtype)
     yield from _large_constants(graph)
@@ -195,7 +229,8 @@ def _manifest(plan: ExportPlan, hashes: Mapping[str, str]) -> Manifest:
         base_sha256=plan.base_sha256,
         quantization=plan.base.scheme.model_dump_json(),
         coded=coded,
-        slots=plan.lowered.slots,
+        slots=plan.lowered.slots if plan.branch is not None else (),
+        correction=plan.lowered.slots if plan.branch is None else (),
         pool=tuple(plan.adapters) if plan.branch == "pooled" else (),
         task=plan.base.task,
     )

@@ -15,6 +15,7 @@ from lora_deploy.adapter.packing import packed_rank, slot_strips
 from lora_deploy.export.branch import AdapterChoice, add_branch, make_slot
 from lora_deploy.export.coded import CodedBase
 from lora_deploy.export.graph import Graph, WeightSource
+from lora_deploy.export.requantized import RequantizedBase, lower_embedding
 from lora_deploy.export.sites import (
     LinearSite,
     Product,
@@ -97,6 +98,8 @@ def lower_graph(graph: Graph, coded_base: CodedBase | None, branches: Branches |
                     strips = slot_strips(slot, branches.adapters[0]) if branches.int8 else []
                 product = add_branch(model, site, slot, product, rank, choice=choice, strips=strips)
         replace_site(model, site, product)
+    if isinstance(coded_base, RequantizedBase):
+        coded += lower_embedding(model, coded_base, sources, coded)
     if choice is not None:
         choice.place()
     model.graph.opset_imports.setdefault("com.microsoft", 1)

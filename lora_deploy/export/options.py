@@ -12,22 +12,24 @@ from lora_deploy.export.onnx_adapter import check_name
 from lora_deploy.manifest import BranchKind
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.requantize.options import Requantization
 
 __all__ = [
     "ComputeDtype",
     "Precision",
     "Provider",
-    "check_accuracy_level",
     "check_adapter_precision",
     "check_branch",
     "check_precision",
     "check_provider",
+    "check_requantization",
     "check_task",
+    "choose_accuracy_level",
     "choose_types",
     "training_scheme",
 ]
 
-Precision = Literal["fp32", "fp16", "bf16", "nf4", "fp4", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "nf4", "fp4", "int8", "int4"]
 ComputeDtype = Literal["fp32", "fp16", "bf16"]
 Provider = Literal["cpu", "cuda"]
 
@@ -91,10 +93,13 @@ def check_task(base: TrainingBase, branch: BranchKind | None) -> None:
 
 def check_precision(precision: str | None, branch: str | None, provider: Provider) -> None:
     """What can be said before the base is looked at."""
-    allowed = get_args(ComputeDtype) if branch is None else get_args(Precision)
+    codes = ("int8", "int4") if branch is None else ("nf4", "fp4", "int8")
+    allowed = (*get_args(ComputeDtype), *codes)
     if precision is not None and precision not in allowed:
         raise UsageError(
-            "there is no such precision" if precision not in get_args(Precision) else "this precision needs --branch",
+            "there is no such precision"
+            if precision not in get_args(Precision)
+            else f"this precision needs {'--branch' if branch is None else '--merge'}",
             found=precision,
             expected=", ".join(allowed),
         )
@@ -136,14 +141,14 @@ def choose_types(
                 remedy="leave --compute-dtype out",
             )
         compute_dtype = precision
-    elif own == "none" or precision not in (own, "int8"):
+    elif branch is not None and (own == "none" or precision not in (own, "int8")):
         raise UsageError(
             "the base was not trained in this precision, and to quantize it anew would lose what was learnt",
             found=f"--precision {precision}, of a base in {own}",
             expected=", ".join(dict.fromkeys([*([] if own == "none" else [own, "int8"]), *get_args(ComputeDtype)])),
             remedy="leave --precision out",
         )
-    if expand and precision != own:
+    if expand and (precision != own or branch is None):
         raise UsageError(
             "only the base's own codes can be expanded",
             found=f"--precision {precision} --expand, of a base in {own}",
@@ -152,15 +157,44 @@ def choose_types(
     return cast(Precision, precision), cast(ComputeDtype, compute_dtype or default)
 
 
-def check_accuracy_level(level: int, precision: Precision, expand: bool) -> None:
+def choose_accuracy_level(
+    level: int | None, precision: Precision, branch: BranchKind | None, provider: Provider, expand: bool
+) -> int:
+    """MatMulNBits' accuracy level: by default 4 for merged weights on a CPU, where level 0 is slow, else 0."""
+    if level is None:
+        return 4 if branch is None and precision in ("int8", "int4") and provider == "cpu" else 0
     if level not in (0, 4):
         raise UsageError("there is no such accuracy level", found=level, expected="0 or 4")
-    if level and (precision != "int8" or expand):
+    if level and (precision not in ("int8", "int4") or expand):
         raise UsageError(
-            "only products of int8 codes have an accuracy level",
+            "only products of int8 and int4 codes have an accuracy level",
             found=f"--accuracy-level {level} --precision {precision}{' --expand' if expand else ''}",
-            remedy="leave --accuracy-level out, or add --branch --precision int8",
+            remedy="leave --accuracy-level out, or add --precision int8",
         )
+    return level
+
+
+def check_requantization(
+    requantization: Requantization | None, precision: Precision, branch: BranchKind | None
+) -> Requantization | None:
+    """How merged weights become codes, where they do; raises UsageError."""
+    if branch is not None or precision not in ("int8", "int4"):
+        if requantization is not None:
+            raise UsageError(
+                "only merged weights are made into codes anew",
+                found=f"--precision {precision}{' --branch' if branch else ''}",
+                expected="--merge --precision int8 or int4",
+                remedy="leave out what says how",
+            )
+        return None
+    bits: Literal[4, 8] = 4 if precision == "int4" else 8
+    if requantization is None:
+        return Requantization(bits)
+    if requantization.bits != bits:
+        raise UsageError(
+            "the precision contradicts how it is made", found=f"{requantization.bits} bits", expected=f"{bits} bits"
+        )
+    return requantization
 
 
 def training_scheme(

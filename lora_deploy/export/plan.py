@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
@@ -22,19 +22,22 @@ from lora_deploy.export.options import (
     ComputeDtype,
     Precision,
     Provider,
-    check_accuracy_level,
     check_adapter_precision,
     check_branch,
     check_precision,
     check_provider,
+    check_requantization,
     check_task,
+    choose_accuracy_level,
     choose_types,
     training_scheme,
 )
+from lora_deploy.export.requantized import RequantizedBase, correction_shapes
 from lora_deploy.export.traced import trace_graph
 from lora_deploy.export.writer import MODEL_NAME
 from lora_deploy.manifest import BranchKind
 from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.requantize.options import Grid, Requantization
 
 __all__ = ["ExportPlan", "Precision", "Provider", "plan_export"]
 
@@ -57,6 +60,8 @@ class ExportPlan:
         output: Directory to write.
         lowered: The graph, lowered, without weights.
         expected_bytes: Size of the weights.
+        requantization: How merged weights become codes; None where they do not.
+        grids: Bits and block size of each layer that does, by name.
     """
 
     model: str
@@ -70,6 +75,8 @@ class ExportPlan:
     output: Path
     lowered: Lowered
     expected_bytes: int
+    requantization: Requantization | None = None
+    grids: Mapping[str, Grid] = field(default_factory=dict)
 
     @property
     def base_sha256(self) -> str:
@@ -86,7 +93,8 @@ def plan_export(
     precision: str | None = None,
     compute_dtype: str | None = None,
     expand: bool = False,
-    accuracy_level: int = 0,
+    accuracy_level: int | None = None,
+    requantization: Requantization | None = None,
     adapter_precision: str | None = None,
     quantization: str = "auto",
     double_quant: bool = True,
@@ -100,11 +108,13 @@ def plan_export(
         adapters: Directory of the adapter, or of several by name; None to export the base alone.
         output: Directory to write.
         branch: None to merge; "fixed", "hot-swap" or "pooled" for a branch beside the untouched base.
-        precision: Of the weights, "fp32", "fp16" or "bf16", and beside a branch also the base's own scheme, or "int8";
-            None for fp32 on cpu and fp16 on cuda, and beside a branch for the base's own scheme.
+        precision: Of the weights, "fp32", "fp16", "bf16", "int8" or "int4", and beside a branch also the base's own
+            scheme, but not "int4"; None for fp32 on cpu and fp16 on cuda, beside a branch for the base's own scheme.
         compute_dtype: "fp32", "fp16" or "bf16" where the weights are codes; None for fp32 on cpu and fp16 on cuda.
         expand: Dequantize the codes by standard operators, which onnxruntime folds when it opens the model.
-        accuracy_level: Of 8-bit products: 0 leaves activations as they are, 4 rounds them to int8.
+        accuracy_level: Of int8 and int4 products: 0 leaves activations as they are, 4 rounds them to int8. None for 4
+            where merged weights become codes for a CPU, else 0.
+        requantization: How merged weights become int8 or int4; None for the defaults.
         adapter_precision: "int8" to store A and B of a fixed or hot-swap branch as int8 codes with a float32 scale for
             each block; None for floats of the type of the computation.
         quantization: What the training base was: "none", "nf4", "fp4", "int8", or "auto" to read it from the
@@ -149,19 +159,59 @@ def plan_export(
     for name, record in records.items():
         _check_record(base, record, str(named[name]))
     weights, compute = choose_types(base, precision, compute_dtype, branch, provider, expand)
-    check_accuracy_level(accuracy_level, weights, expand)
+    level = choose_accuracy_level(accuracy_level, weights, branch, provider, expand)
+    requantization = check_requantization(requantization, weights, branch)
     dtype = _DTYPES[compute]
-    coded_base = None
-    if branch is not None and weights not in get_args(ComputeDtype):
+    coded_base: CodedBase | None = None
+    grids: dict[str, Grid] = {}
+    if requantization is not None:
+        grids = _grids(requantization, base, loras)
+        coded_base = RequantizedBase(base, weights, False, dtype, level, grids=grids)
+    elif branch is not None and weights not in get_args(ComputeDtype):
         whole = frozenset(name.removesuffix(".weight") for lora in loras.values() for name in lora.parameters)
-        coded_base = CodedBase(base, weights, expand, dtype, accuracy_level, whole)
-    lowered = _prepare_graph(base, loras, branch, adapter_precision == "int8", coded_base, compute, provider)
+        coded_base = CodedBase(base, weights, expand, dtype, level, whole)
+    correction = requantization.correction if requantization is not None else 0
+    lowered = _prepare_graph(
+        base, loras, branch, adapter_precision == "int8", coded_base, compute, provider, correction
+    )
     if branch in ("hot-swap", "pooled"):
         for lora in loras.values():
             check_slots(lowered.slots, lora)
     waiting = [value for value in lowered.graph.model.graph.initializers.values() if value.const_value is None]
     expected = sum(_bytes(value) for value in waiting)
-    return ExportPlan(str(model), base, branch, loras, records, weights, compute, provider, output, lowered, expected)
+    return ExportPlan(
+        str(model),
+        base,
+        branch,
+        loras,
+        records,
+        weights,
+        compute,
+        provider,
+        output,
+        lowered,
+        expected,
+        requantization,
+        grids,
+    )
+
+
+def _grids(requantization: Requantization, base: TrainingBase, adapters: Mapping[str, LoraAdapter]) -> dict[str, Grid]:
+    """What each layer gets, an output head too whose tie to the embedding the adapter breaks."""
+    grids = requantization.grids(base)
+    for alias in _broken_ties(base, adapters, None):
+        shared = base.aliases[alias].removesuffix(".weight")
+        if shared in grids:
+            grids[alias.removesuffix(".weight")] = grids[shared]
+    return grids
+
+
+def _broken_ties(base: TrainingBase, adapters: Mapping[str, LoraAdapter], branch: BranchKind | None) -> set[str]:
+    """Names of tied parameters that a merged or trained weight makes differ from the one they were tied to."""
+    trained = {name for lora in adapters.values() for name in lora.parameters}
+    if branch is None:
+        trained |= {f"{name}.weight" for lora in adapters.values() for name in lora.updates}
+    return {alias for alias, name in base.aliases.items() if alias in trained or name in trained}
 
 
 def _bytes(value: ir.Value) -> int:
@@ -230,13 +280,11 @@ def _prepare_graph(
     coded_base: CodedBase | None,
     compute_dtype: ComputeDtype,
     provider: Provider,
+    correction: int,
 ) -> Lowered:
     """Build the graph and lower its linear layers. A tie that a merged or trained weight breaks is broken here too."""
     updated = {name for lora in adapters.values() for name in lora.updates}
-    trained = {name for lora in adapters.values() for name in lora.parameters}
-    if branch is None:
-        trained |= {f"{name}.weight" for name in updated}
-    broken = {alias for alias, name in base.aliases.items() if alias in trained or name in trained}
+    broken = _broken_ties(base, adapters, branch)
     shapes = {name: shape for name, shape in base.shapes.items() if name not in base.aliases or name in broken}
     config = base.config
     if broken:
@@ -251,6 +299,9 @@ def _prepare_graph(
         }
         targets = updated | set(base.linears) if branch == "hot-swap" else updated
         branches = Branches(branch, tuple(adapters.values()), targets, tied, int8)
+    elif correction and isinstance(coded_base, RequantizedBase):
+        shape = correction_shapes(base, coded_base.grids, correction)
+        branches = Branches("fixed", (shape,), shape.updates.keys(), {}, int8=True)
     return lower_graph(graph, coded_base, branches)
 
 

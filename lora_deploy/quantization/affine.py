@@ -50,6 +50,25 @@ class AffineWeight:
         codes = self.codes if self.bits == 8 else self.codes[:, ::2] | (self.codes[:, 1::2] << 4)
         return codes.reshape(rows, blocks, -1)
 
+    @classmethod
+    def from_packed(
+        cls, codes: torch.Tensor, scales: torch.Tensor, shape: tuple[int, int], blocksize: int, bits: int
+    ) -> AffineWeight:
+        """The weight from what `packed` gives.
+
+        Args:
+            codes: uint8, of any shape.
+            scales: Of any shape and type.
+            shape: (out, in).
+            blocksize: Weights that share a scale.
+            bits: 4 or 8.
+        """
+        rows, columns = shape
+        codes = codes.reshape(rows, -1)
+        if bits == 4:
+            codes = torch.stack([codes & 15, codes >> 4], dim=-1).view(rows, -1)
+        return cls(codes, scales.reshape(rows, -1).float(), columns, blocksize, bits)
+
 
 def affine_blocksize(scheme: str, columns: int, blocksize: int) -> int:
     """The block size that `to_affine8` chooses.

@@ -48,6 +48,7 @@ class TrainingBase:
         task: What the model is for.
         scheme: The scheme in force.
         linears: The linear layers but the output head, by name.
+        embedding: Name of the layer that looks tokens up, if there is one.
         heads: Names of the linear layers of the output head. They are among `linears` only where the checkpoint holds
             them quantized.
         dtype: Type that transformers loads the parameters in: the configuration's, or else that of the file. Whatever
@@ -78,6 +79,8 @@ class TrainingBase:
         skeleton = self._make_skeleton()
         self.linears = {name: describe_linear(module) for name, module in linear_modules(skeleton).items()}
         self.heads = tuple(head_modules(skeleton))
+        embedding = skeleton.get_input_embeddings()
+        self.embedding = next((name for name, module in skeleton.named_modules() if module is embedding), None)
         self.shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
         self.aliases = self._real_ties(find_aliases(skeleton))
         for head in self.heads:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_deploy.export.merge import MergedParameters
+from lora_deploy.task import auto_class
+
+if TYPE_CHECKING:
+    from lora_deploy.export.merge import MergedParameters
 
 __all__ = ["run_streamed"]
 
@@ -37,16 +40,17 @@ def run_streamed(
     """
     base = parameters.base
     with _parameters_on_meta():
-        model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(base.config, attn_implementation="sdpa"))  # type: ignore[no-untyped-call]
+        model = cast(PreTrainedModel, auto_class(base.task).from_config(base.config, attn_implementation="sdpa"))
     model.train(False)
     for name, module in model.named_modules():
-        if name in base.linears and name != base.head:
+        if name in base.linears and name not in base.heads:
             _replace_forward(name, module, parameters, linear)
-        elif name != base.head and any(True for _ in module.parameters(recurse=False)):
+        elif name not in base.heads and any(True for _ in module.parameters(recurse=False)):
             _load_when_run(name, module, parameters)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)
-        output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        options = {"use_cache": False} if base.task == "causal-lm" else {}
+        output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, **options)
     return cast(torch.Tensor, output[0])
 
 
@@ -79,7 +83,7 @@ def _load_when_run(name: str, module: nn.Module, parameters: MergedParameters) -
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without memory, and buffers (tables of rotary embeddings) with their values."""
+    """Modules made inside have parameters without memory; buffers (tables of rotary embeddings) have their values."""
     original = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -87,7 +91,7 @@ def _parameters_on_meta() -> Iterator[None]:
             parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
         original(module, name, parameter)
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:

@@ -97,17 +97,25 @@ def _flatten(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict
     return {"text": "\n\n".join(message["content"] for message in record["messages"])}
 
 
-def pick_text(base: TrainingBase, data: Sequence[str | Path | None], rows: int, *, skip: int = 0) -> list[Text]:
+def pick_text(
+    base: TrainingBase, given: Path | None, data: Sequence[str | None], rows: int, *, skip: int = 0
+) -> list[Text]:
     """Half the rows from the training data, if any of it is there, and the other half from the text that is shipped.
 
     Args:
         base: The training base.
+        given: A file to take in the place of the training data; None to look for that.
         data: Files of training data; those that are None or not there are left out.
         rows: Of all texts together.
         skip: As `load_text`.
+
+    Raises:
+        DataError: The file that is given cannot be read.
     """
-    files = [Path(file) for file in data if file is not None and Path(file).is_file()]
-    files = list(dict.fromkeys(files))
+    if given is not None:
+        half = max(rows // 2, 1)
+        return [load_text("task", given, base, half, skip), load_text("general", GENERAL, base, half, skip)]
+    files = list(dict.fromkeys(Path(file) for file in data if file is not None and Path(file).is_file()))
     half = rows if not files else max(rows // 2, 1)
     texts = []
     for file in files:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,9 @@ from lora_deploy.export.weights import stream_weights
 from lora_deploy.export.writer import INLINE_BYTES, TOKENIZER_FILES, commit, staging_directory, write_data, write_model
 from lora_deploy.manifest import BranchKind, Manifest
 from lora_deploy.quantization.hashes import combine_hashes
+from lora_deploy.requantize.budget import spend_budget
 from lora_deploy.requantize.options import Requantization
-from lora_deploy.requantize.text import pick_text
+from lora_deploy.requantize.text import Text, pick_text
 from lora_deploy.run.adapters import find_adapters
 
 if TYPE_CHECKING:
@@ -117,7 +119,8 @@ def export_onnx(
         raise UsageError(
             "an adapter is merged, or it is a branch", found=f"branch={branch!r}, merge=True", remedy="say merge=False"
         )
-    plan = plan_export(
+    make_plan = partial(
+        plan_export,
         model,
         adapter,
         output,
@@ -126,13 +129,17 @@ def export_onnx(
         compute_dtype=compute_dtype,
         expand=expand,
         accuracy_level=accuracy_level,
-        requantization=requantization,
         adapter_precision=adapter_precision,
         quantization=quantization,
         double_quant=double_quant,
         provider=provider,
         overwrite=overwrite,
     )
+    plan = make_plan(requantization=requantization)
+    if plan.requantization is not None and plan.requantization.budget_bits is not None:
+        on_progress("choosing layers", 0, 1)
+        parameters = MergedParameters(plan.base, _merged(plan))
+        plan = make_plan(requantization=spend_budget(plan.requantization, parameters, _texts(plan)))
     with staging_directory(plan.output) as staging:
         manifest, code_hashes = _write(plan, staging, on_progress)
         if plan.branch == "hot-swap":
@@ -179,21 +186,25 @@ def _merged(plan: ExportPlan) -> LoraAdapter | None:
     return replace(adapter, updates={}) if plan.branch == "fixed" else None
 
 
+def _texts(plan: ExportPlan) -> list[Text]:
+    """What merged weights are rounded for."""
+    asked = plan.requantization
+    if asked is None or not asked.rows:
+        return []
+    return pick_text(plan.base, asked.data, [record.data for record in plan.records.values()], asked.rows)
+
+
 def _round(plan: ExportPlan, parameters: MergedParameters, staging: Path, on_progress: OnProgress) -> RoundedWeights:
     """The merged weights as codes."""
     asked = plan.requantization
     assert asked is not None
-    texts = []
-    if asked.rows:
-        data = [record.data for record in plan.records.values()]
-        texts = pick_text(plan.base, asked.data, data, asked.rows)
     rounded = RoundedWeights(staging / ".rounded")
     scale_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[plan.compute_dtype]
 
     def on_layer(done: int, total: int) -> None:
         on_progress("rounding weights", done, total)
 
-    rounded.make(parameters, plan.grids, texts, scale_dtype, asked.correction, on_layer)
+    rounded.make(parameters, plan.grids, _texts(plan), scale_dtype, asked.correction, on_layer)
     return rounded
 
 

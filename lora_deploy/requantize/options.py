@@ -49,8 +49,12 @@ class Requantization:
             raise UsageError("there is no such block size", found=self.blocksize, expected=", ".join(map(str, _BLOCKS)))
         if self.correction < 0 or self.rows < 0:
             raise UsageError("a rank, and a number of rows, is not negative", found=min(self.correction, self.rows))
-        if self.correction and not self.rows:
-            raise UsageError("a correction is made for the calibration text", remedy="leave --calibration-rows 0 out")
+        if (self.correction or self.budget_bits is not None) and not self.rows:
+            raise UsageError(
+                "corrections are made, and layers chosen, for a calibration text",
+                found="--calibration-rows 0",
+                remedy="leave it out",
+            )
         lowest = bits_per_weight((self.bits, self.blocksize))
         if self.budget_bits is not None and (self.bits == 8 or self.budget_bits < lowest):
             raise UsageError(

@@ -55,8 +55,8 @@ TARGETS: Mapping[Provider, Target] = {
     # MatMulBnb4 since 1.32; GatherBlockQuantized and MatMulNBits for 4 and 8 bits. FusedMatMul, which float weights are
     # multiplied by, has no kernel.
     "webgpu": Target(compute=("fp16", "fp32"), elsewhere=frozenset({"FusedMatMul"})),
-    # MatMulNBits for 4 and 8 bits, FusedMatMul and QuickGelu are there. The standard operators are known up to opset 21,
-    # and an operator with an empty input returns without having written its output.
+    # MatMulNBits for 4 and 8 bits, FusedMatMul and QuickGelu are there. Standard operators are known up to opset 21.
+    # An operator with an empty input returns without having written its output.
     "dml": Target(
         compute=("fp16", "fp32"),
         lacks=frozenset({"MatMulBnb4", "GatherBlockQuantized"}),

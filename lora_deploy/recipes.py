@@ -188,7 +188,7 @@ def _as_usage_error(error: ValidationError, file: Path) -> UsageError:
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
     kind, field = first["type"], str(first["loc"][0])
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "invalid_key"):
         return UsageError(
             "a recipe has no such key",
             file=file,

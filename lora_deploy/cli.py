@@ -11,7 +11,9 @@ from typing import Annotated
 import typer
 
 from lora_deploy.cli_adapter import Json, Quiet, adapter_app
-from lora_deploy.cli_export import export, run, verify
+from lora_deploy.cli_export import export, verify
+from lora_deploy.cli_recipes import recipes_app
+from lora_deploy.cli_run import run
 from lora_deploy.errors import LoraDeployError
 from lora_deploy.terminal import make_console, print_json, show_progress
 
@@ -24,6 +26,7 @@ app = typer.Typer(
 )
 
 app.add_typer(adapter_app)
+app.add_typer(recipes_app)
 
 
 @app.callback()

@@ -35,6 +35,7 @@ from lora_deploy.requantize.budget import spend_budget
 from lora_deploy.requantize.options import Requantization
 from lora_deploy.requantize.text import Text, pick_text
 from lora_deploy.run.adapters import find_adapters
+from lora_deploy.targets import note_operators
 
 if TYPE_CHECKING:
     from lora_deploy.verify import ParityReport
@@ -92,8 +93,8 @@ def export_onnx(
             stands beside it.
         branch: How, then: "hot-swap", which is None too, "fixed" or "pooled".
         precision: Of the weights, "fp32", "fp16", "bf16", "int8" or "int4", and beside a branch also the base's own
-            scheme, but not "int4"; None for fp32 on cpu and fp16 on cuda, beside a branch for the base's own scheme.
-        compute_dtype: "fp32", "fp16" or "bf16" where the weights are codes; None for fp32 on cpu and fp16 on cuda.
+            scheme, but not "int4"; None for fp32 on cpu and fp16 elsewhere, beside a branch for the base's own scheme.
+        compute_dtype: "fp32", "fp16" or "bf16" where the weights are codes; None for fp32 on cpu and fp16 elsewhere.
         expand: Dequantize the codes by standard operators, which onnxruntime folds when it opens the model.
         accuracy_level: Of int8 and int4 products: 0 leaves activations as they are, 4 rounds them to int8. None for 4
             where merged weights become codes for a CPU, else 0.
@@ -102,7 +103,7 @@ def export_onnx(
             each block; None for floats of the type of the computation.
         quantization: What the training base was: "none", "nf4", "fp4", "int8", or "auto".
         double_quant: Whether nf4 and fp4 were double-quantized.
-        provider: "cpu" or "cuda".
+        provider: "cpu", "cuda", "webgpu" or "dml".
         overwrite: Replace an export that is there already.
         verify: Run the parity gate before anything is committed.
         on_progress: Is told the task, how much is done and of how much.
@@ -336,6 +337,10 @@ def _warnings(plan: ExportPlan, codes_sha256: str | None) -> tuple[str, ...]:
             "the quantized weights are not bit for bit those of the training: same checkpoint, but another device or "
             "version of bitsandbytes rounded some of them differently"
         )
+    operators = frozenset(node.op_type for node in plan.lowered.graph.model.graph)
+    note = note_operators(operators, plan.provider)
+    if note is not None:
+        warnings.append(note)
     gone = sorted(set(find_adapters(plan.output)) - (set(plan.adapters) if plan.branch == "hot-swap" else set()))
     if gone:
         warnings.append(f"the older export's adapters are not in the new one: {', '.join(gone)}; convert them again")

@@ -24,6 +24,8 @@ __all__ = ["Graph", "Segment", "WeightSource", "as_unsupported", "build_graph", 
 
 # mobius' names of the types that a graph can compute in.
 _DTYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
+# mobius' own graph for WebGPU can be captured: its cache has a fixed place. That of this graph grows.
+_OPTIONS = {"webgpu": {"enableGraphCapture": "0", "validationMode": "basic"}}
 
 
 @dataclass(frozen=True)
@@ -302,4 +304,7 @@ def _genai_config(graph_config: Any, config: PreTrainedConfig, provider: str) ->
         supports_in_place_kv_cache=False,
     ).generate()
     generated["search"] |= {"do_sample": False}
+    for options in generated["model"]["decoder"]["session_options"]["provider_options"]:
+        if provider in _OPTIONS:
+            options[provider] |= _OPTIONS[provider]
     return json.loads(json.dumps(generated))  # type: ignore[no-any-return]

@@ -13,6 +13,17 @@ from lora_deploy.manifest import BranchKind
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.options import Requantization
+from lora_deploy.targets import (
+    TARGETS,
+    ComputeDtype,
+    Precision,
+    Provider,
+    check_compute,
+    check_operators,
+    check_provider,
+    check_slots_run,
+)
+from lora_deploy.task import Task
 
 __all__ = [
     "ComputeDtype",
@@ -20,6 +31,7 @@ __all__ = [
     "Provider",
     "check_adapter_precision",
     "check_branch",
+    "check_codes_run",
     "check_precision",
     "check_provider",
     "check_requantization",
@@ -28,17 +40,6 @@ __all__ = [
     "choose_types",
     "training_scheme",
 ]
-
-Precision = Literal["fp32", "fp16", "bf16", "nf4", "fp4", "int8", "int4"]
-ComputeDtype = Literal["fp32", "fp16", "bf16"]
-Provider = Literal["cpu", "cuda"]
-
-
-def check_provider(provider: str) -> Provider:
-    """The provider, if there is such a one; raises UsageError."""
-    if provider not in get_args(Provider):
-        raise UsageError("there is no such provider", found=provider, expected=" or ".join(get_args(Provider)))
-    return cast(Provider, provider)
 
 
 def check_branch(branch: str | None, named: Mapping[str, Path]) -> BranchKind | None:
@@ -103,16 +104,29 @@ def check_precision(precision: str | None, branch: str | None, provider: Provide
             found=precision,
             expected=", ".join(allowed),
         )
-    _refuse_bf16_on_cpu(precision, provider)
+    check_compute(precision, provider)
+    check_slots_run(branch, provider)
 
 
-def _refuse_bf16_on_cpu(dtype: str | None, provider: str) -> None:
-    if dtype == "bf16" and provider == "cpu":
-        raise UsageError(
-            "onnxruntime's CPU provider has no bfloat16 kernels",
-            found="bf16 with --provider cpu",
-            remedy="take fp32 or fp16, or --provider cuda",
-        )
+def check_codes_run(
+    precision: str | None,
+    branch: str | None,
+    provider: Provider,
+    expand: bool,
+    requantization: Requantization | None = None,
+    task: Task = "causal-lm",
+) -> None:
+    """Whether the provider has the operators that read the codes; raises UsageError.
+
+    Called with what was asked for before the base is looked at, and again when the base has decided the rest.
+    """
+    needed = {}
+    if branch is not None and precision in ("nf4", "fp4") and not expand:
+        needed["MatMulBnb4"] = f"--branch with weights in {precision}"
+    # A classifier's embedding stays in floats.
+    if requantization is not None and requantization.head is not None and task == "causal-lm":
+        needed["GatherBlockQuantized"] = f"--head-precision int{requantization.head}"
+    check_operators(needed, provider)
 
 
 def choose_types(
@@ -124,7 +138,7 @@ def choose_types(
     expand: bool,
 ) -> tuple[Precision, ComputeDtype]:
     """Type of the weights and of the computation."""
-    default: ComputeDtype = "fp16" if provider == "cuda" else "fp32"
+    default = TARGETS[provider].compute[0]
     own = base.scheme.method
     if precision is None:
         precision = own if branch is not None and own != "none" else compute_dtype or default
@@ -132,7 +146,7 @@ def choose_types(
         raise UsageError(
             "there is no such type to compute in", found=compute_dtype, expected=", ".join(get_args(ComputeDtype))
         )
-    _refuse_bf16_on_cpu(compute_dtype, provider)
+    check_compute(compute_dtype, provider)
     if precision in get_args(ComputeDtype):
         if compute_dtype not in (None, precision):
             raise UsageError(

@@ -24,6 +24,7 @@ from lora_deploy.export.options import (
     Provider,
     check_adapter_precision,
     check_branch,
+    check_codes_run,
     check_precision,
     check_provider,
     check_requantization,
@@ -109,8 +110,8 @@ def plan_export(
         output: Directory to write.
         branch: None to merge; "fixed", "hot-swap" or "pooled" for a branch beside the untouched base.
         precision: Of the weights, "fp32", "fp16", "bf16", "int8" or "int4", and beside a branch also the base's own
-            scheme, but not "int4"; None for fp32 on cpu and fp16 on cuda, beside a branch for the base's own scheme.
-        compute_dtype: "fp32", "fp16" or "bf16" where the weights are codes; None for fp32 on cpu and fp16 on cuda.
+            scheme, but not "int4"; None for fp32 on cpu and fp16 elsewhere, beside a branch for the base's own scheme.
+        compute_dtype: "fp32", "fp16" or "bf16" where the weights are codes; None for fp32 on cpu and fp16 elsewhere.
         expand: Dequantize the codes by standard operators, which onnxruntime folds when it opens the model.
         accuracy_level: Of int8 and int4 products: 0 leaves activations as they are, 4 rounds them to int8. None for 4
             where merged weights become codes for a CPU, else 0.
@@ -120,7 +121,7 @@ def plan_export(
         quantization: What the training base was: "none", "nf4", "fp4", "int8", or "auto" to read it from the
             checkpoint or from what training left beside the adapter.
         double_quant: Whether nf4 and fp4 were double-quantized.
-        provider: "cpu" or "cuda".
+        provider: "cpu", "cuda", "webgpu" or "dml".
         overwrite: Whether an export that is there already may be replaced.
 
     Raises:
@@ -136,6 +137,7 @@ def plan_export(
     branch = check_branch(branch, named)
     check_adapter_precision(adapter_precision, branch)
     check_precision(precision, branch, provider)
+    check_codes_run(precision, branch, provider, expand)
     output = Path(output)
     try:
         if output.is_symlink():
@@ -161,6 +163,7 @@ def plan_export(
     weights, compute = choose_types(base, precision, compute_dtype, branch, provider, expand)
     level = choose_accuracy_level(accuracy_level, weights, branch, provider, expand)
     requantization = check_requantization(requantization, weights, branch)
+    check_codes_run(weights, branch, provider, expand, requantization, base.task)
     dtype = _DTYPES[compute]
     coded_base: CodedBase | None = None
     grids: dict[str, Grid] = {}

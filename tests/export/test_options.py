@@ -21,14 +21,14 @@ AdapterFactory = Callable[..., Path]
 @pytest.mark.parametrize(
     ("options", "message", "named"),
     [
-        ({"provider": "tpu"}, "no such provider", "cpu or cuda"),
+        ({"provider": "tpu"}, "no such provider", "cpu, cuda, webgpu or dml"),
         ({"branch": "grafted"}, "no such branch", "fixed, hot-swap, pooled"),
         ({"branch": None, "precision": "nf4"}, "needs --branch", "fp32, fp16, bf16"),
         ({"branch": None, "precision": "int8"}, "needs --branch", "fp32, fp16, bf16"),
         ({"branch": None, "precision": "fp64"}, "no such precision", "fp32, fp16, bf16"),
         ({"precision": "int4"}, "no such precision", "nf4"),
-        ({"precision": "bf16"}, "no bfloat16 kernels", "cuda"),
-        ({"compute_dtype": "bf16"}, "no bfloat16 kernels", "cuda"),
+        ({"precision": "bf16"}, "does not compute in bf16", "cuda"),
+        ({"compute_dtype": "bf16"}, "does not compute in bf16", "cuda"),
         ({"compute_dtype": "fp64"}, "no such type to compute in", "fp32, fp16, bf16"),
         ({"precision": "fp32", "compute_dtype": "fp16"}, "the type of its float weights", "--precision fp32"),
         ({"precision": "fp16", "compute_dtype": "fp32"}, "the type of its float weights", "--precision fp16"),

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["export", "verify"]
 
+CompareOn = Annotated[
+    Path | None,
+    typer.Option(help="JSONL to compare rounded weights with the trained ones on. [default: the training data]"),
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option("--max-kl", help="Fail if they differ by more than this on any text, in nats a token."),
+]
+
 
 def export(
     context: typer.Context,
@@ -101,6 +110,8 @@ def export(
     provider: Annotated[str, typer.Option(help="What it will run on: cpu, cuda, webgpu or dml.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave the parity check out.")] = False,
+    compare_on: CompareOn = None,
+    max_kl: MaxKl = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -114,6 +125,8 @@ def export(
             "--fixed, --pool, --expand, --compute-dtype and --adapter-precision go with --branch",
             remedy="add --branch, or leave them out",
         )
+    if no_verify and (compare_on is not None or max_kl is not None):
+        raise UsageError("--compare-on and --max-kl are of the check", found="--no-verify", remedy="leave one out")
     if fixed and pool:
         raise UsageError("a branch is fixed or pooled", found="--fixed --pool", remedy="leave one out")
     requantization = None
@@ -147,6 +160,8 @@ def export(
             provider=provider,
             overwrite=overwrite,
             verify=not no_verify,
+            data=compare_on,
+            max_kl=max_kl,
             on_progress=on_progress,
         )
     for warning in result.warnings:
@@ -214,6 +229,8 @@ def verify(
     ] = None,
     weights: HowWeights = "stored",
     provider: Annotated[str | None, typer.Option(help="cpu or cuda. [default: what it was made for]")] = None,
+    compare_on: CompareOn = None,
+    max_kl: MaxKl = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -228,6 +245,8 @@ def verify(
             adapter=adapter,
             provider=provider,
             weights=cast("Weights", weights),
+            data=compare_on,
+            max_kl=max_kl,
             on_progress=on_progress,
         )
     print_report(console, report)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lora_deploy.verify import ParityReport
+    from lora_deploy.verify.codes import CodesResult
 
 __all__ = ["make_console", "print_json", "print_report", "show_progress"]
 
@@ -47,14 +48,20 @@ def show_progress(console: Console) -> Iterator[Callable[[str, int, int], None]]
 
 
 def print_report(console: Console, report: ParityReport) -> None:
-    """The cases of a parity check, and what limits it."""
+    """The cases of a parity check, how far deployed weights are from trained ones, and what limits it."""
     console.print(report.table())
     if report.codes is not None:
-        how = "the base's own, bit for bit" if report.codes.exact else "the base's values transcoded to 8 bits"
-        if report.codes.scales != "float32":
-            how += f"; their scales are rounded to {report.codes.scales}"
         size = report.codes.bytes / 1e6
+        how = _describe_codes(report.codes)
         console.print(f"codes of {report.codes.layers} layers, {size:,.1f} MB: {how}", soft_wrap=True)
+    if report.activation_rounding is not None:
+        extra = report.activation_rounding
+        console.print(
+            f"accuracy level 4 rounds activations too, which is no part of the gate: KL {extra.mean_kl:.1e}, top-1 "
+            f"{extra.top1:.1%} from the same graph without",
+            soft_wrap=True,
+        )
+    _print_deployment(console, report)
     for note in report.notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False)
     if report.bitsandbytes_gap is not None:
@@ -64,3 +71,20 @@ def print_report(console: Console, report: ParityReport) -> None:
             f"KL {gap.mean_kl:.1e} from the trained function",
             soft_wrap=True,
         )
+
+
+def _describe_codes(codes: CodesResult) -> str:
+    how = "the base's own, bit for bit" if codes.exact else "the base's values transcoded to 8 bits"
+    if codes.requantized:
+        how = "made anew of the merged weights, as they were recorded"
+    return how if codes.scales == "float32" else f"{how}; their scales are rounded to {codes.scales}"
+
+
+def _print_deployment(console: Console, report: ParityReport) -> None:
+    if report.deployment is None:
+        console.print("the deployed weights are the trained ones, up to the rounding to the type", soft_wrap=True)
+        return
+    console.print(report.deployment.table())
+    console.print(report.deployment.summary(), soft_wrap=True, markup=False)
+    for warning in report.deployment.warnings():
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)

@@ -33,7 +33,7 @@ from lora_deploy.manifest import BranchKind, Manifest
 from lora_deploy.quantization.hashes import combine_hashes
 from lora_deploy.requantize.budget import spend_budget
 from lora_deploy.requantize.options import Requantization
-from lora_deploy.requantize.text import Text, pick_text
+from lora_deploy.requantize.text import Text, pick_text, rows_taken
 from lora_deploy.run.adapters import find_adapters
 from lora_deploy.targets import note_operators
 
@@ -81,6 +81,8 @@ def export_onnx(
     provider: str = "cpu",
     overwrite: bool = False,
     verify: bool = True,
+    data: Path | None = None,
+    max_kl: float | None = None,
     on_progress: OnProgress = lambda task, done, total: None,
 ) -> ExportResult:
     """Export an adapter and its training base to ONNX, and prove that the result computes what was trained.
@@ -106,6 +108,8 @@ def export_onnx(
         provider: "cpu", "cuda", "webgpu" or "dml".
         overwrite: Replace an export that is there already.
         verify: Run the parity gate before anything is committed.
+        data: JSONL text to compare deployed with trained weights on; None for the training data, where it is known.
+        max_kl: The gate also asks that they differ by no more, in nats a token, on any text; None for no limit.
         on_progress: Is told the task, how much is done and of how much.
 
     Returns:
@@ -147,7 +151,7 @@ def export_onnx(
             for name, lora in plan.adapters.items():
                 write_onnx_adapter(lora, manifest, staging, name)
         warnings = _warnings(plan, combine_hashes(code_hashes))
-        report = _prove(plan, staging, on_progress) if verify else None
+        report = _prove(plan, staging, data, max_kl, on_progress) if verify else None
         commit(staging, plan.output)
     size = sum(file.stat().st_size for file in plan.output.rglob("*.onnx*"))
     return ExportResult(plan.output, size, report, warnings)
@@ -174,6 +178,8 @@ def _write(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> tuple[Ma
     manifest = _manifest(plan, {**parameters.code_hashes, **(rounded.hashes if rounded is not None else {})})
     graph.producer_name, graph.producer_version = "lora-deploy", version("lora-deploy")
     graph.metadata_props.update({**_provenance(plan, sha256), **manifest.entries()})
+    if rounded is not None and rounded.taken:
+        graph.metadata_props["lora_deploy.calibration"] = json.dumps(rounded.taken, sort_keys=True)
     write_model(graph, staging)
     _write_side_files(plan, staging)
     return manifest, parameters.code_hashes
@@ -199,13 +205,14 @@ def _round(plan: ExportPlan, parameters: MergedParameters, staging: Path, on_pro
     """The merged weights as codes."""
     asked = plan.requantization
     assert asked is not None
-    rounded = RoundedWeights(staging / ".rounded")
+    rounded, texts = RoundedWeights(staging / ".rounded"), _texts(plan)
+    rounded.taken = rows_taken(texts)
     scale_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[plan.compute_dtype]
 
     def on_layer(done: int, total: int) -> None:
         on_progress("rounding weights", done, total)
 
-    rounded.make(parameters, plan.grids, _texts(plan), scale_dtype, asked.correction, on_layer)
+    rounded.make(parameters, plan.grids, texts, scale_dtype, asked.correction, on_layer)
     return rounded
 
 
@@ -347,10 +354,21 @@ def _warnings(plan: ExportPlan, codes_sha256: str | None) -> tuple[str, ...]:
     return tuple(warnings)
 
 
-def _prove(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> ParityReport:
+def _prove(
+    plan: ExportPlan, staging: Path, data: Path | None, max_kl: float | None, on_progress: OnProgress
+) -> ParityReport:
     from lora_deploy.verify import check_parity
 
-    report = check_parity(staging, plan.base, plan.adapters, provider=plan.provider, on_progress=on_progress)
+    report = check_parity(
+        staging,
+        plan.base,
+        plan.adapters,
+        provider=plan.provider,
+        data=data,
+        training_data=[record.data for record in plan.records.values()],
+        max_kl=max_kl,
+        on_progress=on_progress,
+    )
     report.save(staging)
     report.require(plan.output)
     return report

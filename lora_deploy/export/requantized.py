@@ -142,6 +142,11 @@ class RoundedWeights:
 
     Args:
         directory: Where they are kept; removed by `remove`.
+
+    Attributes:
+        updates: The correction of each layer.
+        hashes: Of each layer's codes and scales.
+        taken: How many rows of each text they were calibrated on (`rows_taken`).
     """
 
     def __init__(self, directory: Path) -> None:
@@ -149,6 +154,7 @@ class RoundedWeights:
         directory.mkdir()
         self.updates: dict[str, LoraUpdate] = {}
         self.hashes: dict[str, str] = {}
+        self.taken: dict[str, int] = {}
 
     def make(
         self,

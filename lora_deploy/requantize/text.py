@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.train.data import IGNORED, read_records
 from lora_deploy.train.encode import encode
 
-__all__ = ["GENERAL", "Text", "load_text", "pick_text"]
+__all__ = ["GENERAL", "Text", "load_text", "pick_text", "rows_taken"]
 
 GENERAL = Path(__file__).with_name("calibration.jsonl")
 """Some of everything, written for this purpose."""
@@ -33,6 +33,7 @@ class Text:
         input_ids: int64 (rows, length).
         labels: int64 (rows, length): the token where a model is judged by how it predicts it, IGNORED elsewhere.
         attention_mask: int64 (rows, length).
+        held_out: Whether none of the rows are among those that were to be left out.
     """
 
     name: str
@@ -40,6 +41,12 @@ class Text:
     input_ids: torch.Tensor
     labels: torch.Tensor
     attention_mask: torch.Tensor
+    held_out: bool = True
+
+    @property
+    def key(self) -> str:
+        """What tells which text it is, on this machine: the file's full path, or "general" for what is shipped."""
+        return self.name if self.name == "general" else str(Path(self.source).resolve())
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -57,7 +64,7 @@ class Text:
             )
 
 
-def load_text(name: str, file: Path, base: TrainingBase, rows: int, skip: int = 0) -> Text:
+def load_text(name: str, file: Path, base: TrainingBase, rows: int, taken: int = 0) -> Text:
     """Rows of a JSONL file of training data, evenly from all of it.
 
     Args:
@@ -65,29 +72,31 @@ def load_text(name: str, file: Path, base: TrainingBase, rows: int, skip: int = 
         file: The file.
         base: The training base; its tokenizer reads the text.
         rows: At most so many.
-        skip: Leaves every row out that a call with this many rows, and no skip, takes.
+        taken: How many rows an earlier call, with nothing taken, gave: it leaves those out, if any are left then.
 
     Raises:
         DataError: The file is missing or malformed.
     """
     tokenizer = _tokenizer(base)
     if tokenizer is None:
-        return _random_text(name, base, rows, seed=1 if skip else 0)
+        return _random_text(name, base, rows, seed=1 if taken else 0)
     length = min(_LENGTH, base.config.max_position_embeddings)
     encoded = [
         encode(f"{file}, line {number}", _flatten(record, tokenizer), tokenizer, chat_template=True)
         for number, record in read_records(file)
     ]
     kept = [(ids[:length], learned[:length]) for ids, learned in encoded if any(learned[1:length])]
-    if skip and len(kept) > skip:
-        taken = set(_spread(len(kept), skip))
-        kept = [row for number, row in enumerate(kept) if number not in taken]
+    held_out = len(kept) > taken
+    if held_out:
+        gone = set(_spread(len(kept), taken))
+        kept = [row for number, row in enumerate(kept) if number not in gone]
     if not kept:
         raise DataError("the data has no text to calibrate on", file=file)
     chosen = [kept[number] for number in _spread(len(kept), rows)]
     ids = [torch.tensor(row) for row, _ in chosen]
     learned = [torch.tensor(marks) for _, marks in chosen]
-    return _pad(name, str(file), ids, [torch.where(mark, row, IGNORED) for row, mark in zip(ids, learned, strict=True)])
+    labels = [torch.where(mark, row, IGNORED) for row, mark in zip(ids, learned, strict=True)]
+    return replace(_pad(name, str(file), ids, labels), held_out=held_out)
 
 
 def _flatten(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -98,7 +107,12 @@ def _flatten(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict
 
 
 def pick_text(
-    base: TrainingBase, given: Path | None, data: Sequence[str | None], rows: int, *, skip: int = 0
+    base: TrainingBase,
+    given: Path | None,
+    data: Sequence[str | None],
+    rows: int,
+    *,
+    taken: Mapping[str, int] | None = None,
 ) -> list[Text]:
     """Half the rows from the training data, if any of it is there, and the other half from the text that is shipped.
 
@@ -107,23 +121,32 @@ def pick_text(
         given: A file to take in the place of the training data; None to look for that.
         data: Files of training data; those that are None or not there are left out.
         rows: Of all texts together.
-        skip: As `load_text`.
+        taken: How many rows of each text to leave out (`rows_taken` of what an earlier call gave).
 
     Raises:
         DataError: The file that is given cannot be read.
     """
+
+    def load(name: str, file: Path, count: int) -> Text:
+        key = name if name == "general" else str(file.resolve())
+        return load_text(name, file, base, count, (taken or {}).get(key, 0))
+
+    half = max(rows // 2, 1)
     if given is not None:
-        half = max(rows // 2, 1)
-        return [load_text("task", given, base, half, skip), load_text("general", GENERAL, base, half, skip)]
+        return [load("task", given, half), load("general", GENERAL, half)]
     files = list(dict.fromkeys(Path(file) for file in data if file is not None and Path(file).is_file()))
-    half = rows if not files else max(rows // 2, 1)
     texts = []
     for file in files:
         try:
-            texts.append(load_text("task", file, base, max(half // len(files), 1), skip))
+            texts.append(load("task", file, max(half // len(files), 1)))
         except (DataError, CheckpointError):  # it has changed since, or was read without the chat template
             continue
-    return [*texts, load_text("general", GENERAL, base, half if texts else rows, skip)]
+    return [*texts, load("general", GENERAL, half if texts else rows)]
+
+
+def rows_taken(texts: Sequence[Text]) -> dict[str, int]:
+    """How many rows of each text were taken, by its `key`."""
+    return {text.key: len(text) for text in texts}
 
 
 def _tokenizer(base: TrainingBase) -> PreTrainedTokenizerBase | None:

@@ -60,6 +60,8 @@ class OnnxSession:
         weights: How weights that are kept as codes run: "stored", as the graph has them; "expand", dequantized when the
             model is opened, which takes the memory of a float model and has its speed; "native", by lora-deploy's own
             kernel, on the CPU.
+        exact_activations: Run "stored" int8 and int4 products on the activations as they are (MatMulNBits at accuracy
+            level 0), whatever the graph says: to tell what the rounding of activations does from all else.
 
     Attributes:
         provider: The provider in use.
@@ -74,7 +76,12 @@ class OnnxSession:
     """
 
     def __init__(
-        self, model: str | Path, provider: Literal["cpu", "cuda"] = "cpu", weights: Weights = "stored"
+        self,
+        model: str | Path,
+        provider: Literal["cpu", "cuda"] = "cpu",
+        weights: Weights = "stored",
+        *,
+        exact_activations: bool = False,
     ) -> None:
         self._onnxruntime = import_onnxruntime()
         file = Path(model) / "model.onnx" if Path(model).is_dir() else Path(model)
@@ -96,7 +103,7 @@ class OnnxSession:
         options = self._onnxruntime.SessionOptions()
         options.log_severity_level = _LOG_ERRORS_ONLY  # it warns of every optional input
         try:
-            self.session = self._open(file, options, weights)
+            self.session = self._open(file, options, weights, exact_activations)
         except (CheckpointError, UsageError):
             raise
         except Exception as error:  # onnxruntime's own classes have no common base
@@ -119,14 +126,16 @@ class OnnxSession:
         self._past = [node for node in inputs if node.name.startswith("past_key_values.")]
         self._outputs = [node.name for node in self.session.get_outputs()]
 
-    def _open(self, file: Path, options: Any, weights: Weights) -> Any:
+    def _open(self, file: Path, options: Any, weights: Weights, exact_activations: bool) -> Any:
         providers = [_PROVIDERS[self.provider]]
-        if weights == "stored":
+        if weights == "stored" and not exact_activations:
             return self._onnxruntime.InferenceSession(str(file), options, providers=providers)
-        from lora_deploy.run.weights import ExpandedWeights, NativeWeights
+        from lora_deploy.run.weights import ExpandedWeights, NativeWeights, graph_at_level_0
 
         # The graph comes from memory, the weights that are as they were from its folder.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+        if weights == "stored":
+            return self._onnxruntime.InferenceSession(graph_at_level_0(file), options, providers=providers)
         # Kept with the session: onnxruntime has no share in the memory of what it is given.
         self._weights = NativeWeights(file, options) if weights == "native" else ExpandedWeights(file, options)
         session = self._onnxruntime.InferenceSession(self._weights.graph, options, providers=providers)

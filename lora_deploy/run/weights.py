@@ -19,7 +19,7 @@ from lora_deploy.errors import UsageError
 from lora_deploy.manifest import CodedWeight, Manifest
 from lora_deploy.run.session import import_onnxruntime, numpy_dtype
 
-__all__ = ["ExpandedWeights", "NativeWeights"]
+__all__ = ["ExpandedWeights", "NativeWeights", "graph_at_level_0"]
 
 _PRIVATE: dict[str, int] = {}
 if hasattr(mmap, "MAP_PRIVATE"):
@@ -129,6 +129,19 @@ def _any_feeds(session: Any) -> dict[str, NDArray[Any]]:
             values = [1, 1] if node.name == "attention_mask" else [0, 1]
             feeds[node.name] = np.array([values], np.int64)
     return feeds
+
+
+def graph_at_level_0(file: Path) -> bytes:
+    """A graph whose MatMulNBits leave activations as they are, to be opened from memory; its weights stay in the file.
+
+    Args:
+        file: `model.onnx`.
+    """
+    model = ir.load(file)
+    for node in model.graph.all_nodes():
+        if node.op_type == "MatMulNBits" and "accuracy_level" in node.attributes:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    return bytes(ir.to_proto(model).SerializeToString())
 
 
 class NativeWeights:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from pydantic import BaseModel
@@ -16,12 +15,13 @@ from pydantic import BaseModel
 from lora_deploy.adapter import LoraAdapter
 from lora_deploy.adapter.packing import pack_slots, pack_strips
 from lora_deploy.errors import ParityError
-from lora_deploy.export.coded import decode, encode
+from lora_deploy.export.coded import decode, encode, initializer_shapes
 from lora_deploy.manifest import CodedWeight, Manifest, StoredModule
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.run.adapter_files import read_onnx_adapter
 from lora_deploy.run.adapters import find_adapters
+from lora_deploy.verify.deployed import flat_initializer, split_modules
 
 __all__ = ["CodesResult", "check_adapter_codes", "check_codes"]
 
@@ -32,13 +32,15 @@ class CodesResult(BaseModel):
     Attributes:
         layers: How many layers' weights are kept as codes.
         bytes: Size of codes and scales.
-        exact: Whether the codes are the base's own; if not, they are its values transcoded to 8 bits.
+        exact: Whether the codes are the base's own; if not, they are its values transcoded to 8 bits, or made anew.
+        requantized: Whether they were made anew, of the merged weights.
         scales: Type of the scales; any other than float32 is rounded to what the graph computes in.
     """
 
     layers: int
     bytes: int
     exact: bool
+    requantized: bool = False
     scales: str = "float32"
 
 
@@ -46,7 +48,8 @@ def check_codes(directory: Path, base: TrainingBase) -> CodesResult | None:
     """Compare the codes of an export with those of its training base.
 
     For each layer: the base's quantized weight has the hash that the export recorded; the initializers hold the same
-    bytes; and what they stand for is what the base dequantizes to, exactly, where the scales are float32.
+    bytes; and what they stand for is what the base dequantizes to, exactly, where the scales are float32. Codes that
+    were made anew have the hash that was recorded when they were made.
 
     Args:
         directory: The export.
@@ -64,26 +67,44 @@ def check_codes(directory: Path, base: TrainingBase) -> CodesResult | None:
     layers = size = 0
     dtype = torch.float32
     for weight in manifest.coded:
-        codes, scales = (_flat(model, name) for name in (weight.codes, weight.scales))
+        codes, scales = (flat_initializer(model, name) for name in (weight.codes, weight.scales))
         size += codes.nbytes + scales.nbytes
         dtype = scales.dtype
+        if weight.requantized:
+            layers += _check_made_anew(file, model, weight)
+            continue
         for module in weight.modules:
             taken = _check_module(file, base, weight, module, codes, scales)
             codes, scales = codes[taken[0] :], scales[taken[1] :]
             layers += 1
     if not manifest.coded:
         return None
-    exact = all(weight.exact for weight in manifest.coded)
-    return CodesResult(layers=layers, bytes=size, exact=exact, scales=str(dtype).removeprefix("torch."))
+    return CodesResult(
+        layers=layers,
+        bytes=size,
+        exact=all(weight.exact for weight in manifest.coded),
+        requantized=any(weight.requantized for weight in manifest.coded),
+        scales=str(dtype).removeprefix("torch."),
+    )
 
 
-def _flat(model: ir.Model, name: str) -> torch.Tensor:
-    tensor = model.graph.initializers[name].const_value
-    assert tensor is not None
-    array = tensor.numpy().reshape(-1)
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+def _check_made_anew(file: Path, model: ir.Model, weight: CodedWeight) -> int:
+    """Compare codes and scales with the recorded hashes; returns of how many layers they are."""
+    for module, codes, scales in split_modules(model, weight):
+        codes_shape, scales_shape = initializer_shapes(weight.model_copy(update={"modules": (module,)}))
+        # Where the scales are stored in 16 bits, they had been rounded to them before they were hashed.
+        tensors = [codes.view(codes_shape), scales.view(scales_shape).float()]
+        sha256 = hash_tensors(iter([(module.name, tensors)]))
+        if sha256 != module.sha256:
+            raise ParityError(
+                "the codes or scales of a layer in the export are not those that were made for it",
+                file=file,
+                tensor=module.name,
+                found=f"sha256 {sha256[:16]}…",
+                expected=f"sha256 {module.sha256[:16]}…",
+                remedy="export again",
+            )
+    return len(weight.modules)
 
 
 def _check_module(
@@ -144,7 +165,7 @@ def check_adapter_codes(directory: Path, adapters: Mapping[str, LoraAdapter]) ->
     slots = [slot for slot in manifest.slots if slot.int8_blocks is not None]
     for name, adapter in adapters.items() if slots else ():
         if manifest.branch == "fixed":
-            stored = {key: _flat(model, key) for slot in slots for key in slot.input_names}
+            stored = {key: flat_initializer(model, key) for slot in slots for key in slot.input_names}
             expected = pack_strips(slots, adapter, manifest.compute_dtype)
         else:
             file = find_adapters(directory)[name]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
 import torch
 
 from lora_deploy.verify.report import Metrics
 from lora_deploy.verify.tolerances import Tolerance
 
-__all__ = ["compare_logits", "is_within"]
+__all__ = ["compare_logits", "is_within", "max_or_nan", "worst_of"]
 
 
 def compare_logits(
@@ -57,3 +60,23 @@ def is_within(metrics: Metrics | None, tolerance: Tolerance) -> bool:
         and metrics.top1 >= tolerance.top1
         and (tolerance.max_abs is None or metrics.max_abs <= tolerance.max_abs)
     )
+
+
+def worst_of(metrics: Iterable[Metrics | None]) -> Metrics | None:
+    """The worst of each metric, and all the tokens; None where there is none. NaN is worst."""
+    found = [one for one in metrics if one is not None]
+    if not found:
+        return None
+    largest = {key: max_or_nan(getattr(one, key) for one in found) for key in ("max_abs", "mean_kl", "max_kl")}
+    return Metrics(
+        **largest,
+        top1=min(one.top1 for one in found),
+        tokens=sum(one.tokens for one in found),
+        ties=sum(one.ties for one in found),
+    )
+
+
+def max_or_nan(values: Iterable[float]) -> float:
+    """The largest; NaN where there is one, which `max` may pass over."""
+    kept = list(values)
+    return math.nan if any(map(math.isnan, kept)) else max(kept)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import bitsandbytes as bnb
@@ -24,7 +25,7 @@ from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.model import is_linear
 from lora_deploy.task import auto_class
 
-__all__ = ["compute_class_logits", "compute_logits", "load_live_model", "load_twin", "put_parameters"]
+__all__ = ["apply_live", "compute_class_logits", "compute_logits", "load_live_model", "load_twin", "put_parameters"]
 
 
 def load_twin(base: TrainingBase) -> PreTrainedModel:
@@ -53,6 +54,12 @@ def load_twin(base: TrainingBase) -> PreTrainedModel:
         parameter.requires_grad_(False)
         parameter.data = parameter.data.float()
     return cast(PreTrainedModel, model.train(False))
+
+
+def apply_live(twin: PreTrainedModel, adapter: LoraAdapter) -> PreTrainedModel:
+    """Put an adapter beside the twin's layers, in place, as a branch that is never merged."""
+    config = adapter.config.model_copy(update={"merge_weights": False})
+    return cast(PreTrainedModel, apply_adapter(twin, replace(adapter, config=config)).eval())
 
 
 def put_parameters(model: PreTrainedModel, parameters: Mapping[str, torch.Tensor]) -> None:

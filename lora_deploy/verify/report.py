@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
 
-from lora_deploy.errors import OutputError, ParityError
+from lora_deploy.errors import OutputError, ParityError, UsageError
 from lora_deploy.verify.codes import CodesResult
+from lora_deploy.verify.deployment_report import DeploymentResult
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["REPORT_NAME", "CaseResult", "Metrics", "ParityReport"]
+__all__ = ["REPORT_NAME", "CaseResult", "Metrics", "ParityReport", "check_max_kl"]
 
 REPORT_NAME = "parity.json"
+
+
+def check_max_kl(max_kl: float | None) -> None:
+    """Make sure that a limit on the Kullback-Leibler divergence can be kept.
+
+    Raises:
+        UsageError: It is negative, or no number.
+    """
+    if max_kl is not None and not max_kl >= 0:
+        raise UsageError("a divergence is not negative", found=max_kl, expected="--max-kl 0.05 for one")
 
 
 class Metrics(BaseModel):
@@ -75,6 +87,11 @@ class ParityReport(BaseModel):
         control_failed: Whether the base alone fails the gate, as it must; None where there is no adapter.
         passed: The gate.
         codes: What the comparison of the codes found; None where no weight is kept as codes.
+        activation_rounding: What rounding activations to int8 (accuracy level 4) adds, at worst: the export as it is
+            against the same graph without; no part of the gate, but that it is finite. None where nothing is rounded.
+        deployment: The deployed weights against the trained ones; None where they are the same, up to the rounding to
+            the type that is computed in.
+        max_kl: The limit that was asked for; None for none.
         bitsandbytes_gap: How far bitsandbytes' own forward is from the twin (8-bit bases: it quantizes activations).
         notes: What limits the check.
         versions: Versions of the libraries that ran.
@@ -87,9 +104,30 @@ class ParityReport(BaseModel):
     control_failed: bool | None
     passed: bool
     codes: CodesResult | None = None
+    activation_rounding: Metrics | None = None
+    deployment: DeploymentResult | None = None
+    max_kl: float | None = None
     bitsandbytes_gap: Metrics | None = None
     notes: list[str] = []
     versions: dict[str, str] = {}
+
+    @property
+    def largest_kl(self) -> float:
+        """What `max_kl` limits: the largest KL of a text, or of a case where nothing but the export differs."""
+        if self.deployment is not None:
+            return self.deployment.largest_kl
+        found = [case.export.mean_kl for case in self.cases]
+        return next((kl for kl in found if math.isnan(kl)), max(found))
+
+    @property
+    def rounds_to_numbers(self) -> bool:
+        """Whether the logits are finite, too, where activations are rounded."""
+        return self.activation_rounding is None or math.isfinite(self.activation_rounding.mean_kl)
+
+    @property
+    def keeps_max_kl(self) -> bool:
+        """Whether the limit is kept. NaN keeps none."""
+        return self.max_kl is None or self.largest_kl <= self.max_kl
 
     def save(self, directory: Path) -> None:
         """Write `parity.json`.
@@ -120,6 +158,10 @@ class ParityReport(BaseModel):
                     if case.control is not None and case.control_passed
                 )
             )
+        if not self.rounds_to_numbers:
+            parts.append("with activations rounded to int8 (accuracy level 4), logits are not finite")
+        if not self.keeps_max_kl:
+            parts.append(f"KL {self.largest_kl:.3g} from the trained model, more than {self.max_kl:g}")
         return "; ".join(parts)
 
     def require(self, output: Path) -> None:
@@ -133,7 +175,17 @@ class ParityReport(BaseModel):
         """
         if self.passed:
             return
-        if all(case.passed for case in self.cases):
+        holds = self.rounds_to_numbers and all(case.passed for case in self.cases)
+        if holds and self.control_failed is not False:
+            raise ParityError(
+                "the deployed model is further from the trained one than --max-kl allows",
+                file=output,
+                found=f"KL {self.largest_kl:.3g} nats a token",
+                expected=f"at most {self.max_kl:g}",
+                remedy="take more bits (--precision int8, --keep float:LAYERS, --correction 16), keep the trained base "
+                "with --branch, or allow more",
+            )
+        if holds:
             raise ParityError(
                 "the parity check proves nothing: without its adapter the base is within the tolerance too",
                 file=output,
@@ -167,7 +219,8 @@ class ParityReport(BaseModel):
         from rich.table import Table
 
         limit = self.tolerance
-        title = f"Parity with the trained model ({self.precision}, {self.provider})"
+        what = "trained model" if self.deployment is None else "deployed weights"
+        title = f"Parity with the {what} ({self.precision}, {self.provider})"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_footer=True)
         max_abs, control = limit.get("max_abs"), "must fail" if self.control_failed is not None else ""
         for heading, footer in (

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lora_deploy.adapter import LoraAdapter, read_adapter
+from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
 from lora_deploy.errors import CheckpointError, InputError, UsageError
 from lora_deploy.export.merge import drop_copies, hash_adapter, open_base
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, read_metadata
@@ -30,6 +30,8 @@ def verify(
     adapter: str | Path | Sequence[str] | Mapping[str, str | Path] | None = None,
     provider: str | None = None,
     weights: Weights = "stored",
+    data: Path | None = None,
+    max_kl: float | None = None,
     on_progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> ParityReport:
     """Compare an export with the base and the adapters it was made from.
@@ -43,12 +45,14 @@ def verify(
             directories by name, or a list of "NAME" and "NAME=DIR". None for all that the export names.
         provider: "cpu" or "cuda"; None for the one it was made for.
         weights: How weights that are kept as codes run, as `OnnxSession` takes it.
+        data: JSONL text to compare deployed with trained weights on; None for the training data, where it is known.
+        max_kl: The gate also asks that they differ by no more, in nats a token, on any text; None for no limit.
         on_progress: Is told the task, how much is done and of how much.
 
     Raises:
         UsageError: There is no such provider, or adapter.
         InputError: The export is damaged, or the base or an adapter is not the one it was made from.
-        ParityError: The codes in the export are not the base's.
+        ParityError: The codes in the export are not the base's, or not those that were made.
     """
     directory = Path(directory)
     if provider not in (None, "cpu", "cuda"):
@@ -63,12 +67,16 @@ def verify(
     _expect(base.sha256(), entries["lora_deploy.base_sha256"], "base", base.directory, "--model")
     adapters = {name: drop_copies(lora, base) for name, lora in read.items()}
     _expect_adapters(adapters, entries)
+    records = [TrainingRecord.load(lora.source) for lora in adapters.values()]
     report = check_parity(
         directory,
         base,
         adapters,
         provider=provider or entries["lora_deploy.provider"],
         weights=weights,
+        data=data,
+        training_data=[record.data for record in records if record is not None],
+        max_kl=max_kl,
         on_progress=on_progress,
     )
     recorded = set(json.loads(entries.get("lora_deploy.adapters", "{}")))

@@ -159,7 +159,7 @@ class Bench:
 
     def measure(self, name: str, output: Path) -> dict[str, Any]:
         """KL and top-1 on both texts, and the share of reminders that are answered exactly."""
-        session = OnnxSession(output, accuracy_level=0)
+        session = OnnxSession(output, exact_activations=True)
         row: dict[str, Any] = {"way": name, "bits": stored_bits(output, self.base)}
         for text in self.texts:
             result = compare_on_text(text, self.reference(text), _logits_of(session))

@@ -15,7 +15,7 @@ import pytest
 
 from lora_deploy.export import export as export_module
 from lora_deploy.export import writer
-from lora_deploy.verify import parity
+from lora_deploy.verify import deployed
 from lora_deploy.verify.report import ParityReport
 from tests.commands import assert_one_message, tree
 from tests.faults.conftest import Place
@@ -192,7 +192,7 @@ def _interrupt(*arguments: object, **options: object) -> Any:
 
 INTERRUPTED: dict[str, Callable[[Patch], None]] = {
     "in the weights": lambda patch: patch.setattr(export_module, "stream_weights", _interrupted_weights),
-    "in the check": lambda patch: patch.setattr(parity, "load_twin", _interrupt),
+    "in the check": lambda patch: patch.setattr(deployed, "load_twin", _interrupt),
     "in the report": lambda patch: patch.setattr(ParityReport, "save", _interrupt),
     "between the files": lambda patch: patch.setattr(
         Path, "replace", _raise_from(3, KeyboardInterrupt(), Path.replace)
@@ -216,7 +216,7 @@ def test_ctrl_c_ends_with_130_and_leaves_nothing(moment: str, older: bool, place
 
 def test_a_bug_of_ours_is_no_message_but_a_traceback_and_leaves_nothing(place: Place, monkeypatch: Patch) -> None:
     before = tree(place.root)
-    monkeypatch.setattr(parity, "load_twin", lambda base: 1 / 0)
+    monkeypatch.setattr(deployed, "load_twin", lambda base: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         place.export()
     assert tree(place.root) == before

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from lora_deploy.export import merge
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.weight import DenseWeight
-from lora_deploy.verify import parity
+from lora_deploy.verify import sessions
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
 from tests.commands import assert_one_message, tree
 from tests.faults.conftest import Place
@@ -56,14 +56,14 @@ def _impossible_tolerance(patch: Patch) -> None:
 
 def _cache_lost(patch: Patch) -> None:
     """A decode step that reads an older cache: only the decoding phase can see it."""
-    real: Callable[..., Any] = parity.OnnxSession.forward
+    real: Callable[..., Any] = sessions.OnnxSession.forward
     first: dict[int, Any] = {}
 
     def forward(self: Any, ids: Any, mask: Any, cache: Any = None, adapter: Any = None) -> Any:
         logits, cache = real(self, ids, mask, cache, adapter)
         return (logits if ids.shape[1] > 1 else logits[:, ::-1] * 1.01), first.setdefault(0, cache) and cache
 
-    patch.setattr(parity.OnnxSession, "forward", forward)
+    patch.setattr(sessions.OnnxSession, "forward", forward)
 
 
 WRONG = {

@@ -196,7 +196,8 @@ def test_codes_that_were_transcoded_are_called_so(
     assert report.passed
     assert report.codes is not None
     assert report.codes.exact is exact
-    assert report.precision == ("fp32" if exact else "int8")
+    assert report.precision == "fp32"
+    assert (report.deployment is None) is exact
 
 
 def test_what_was_not_checked_is_said_and_the_full_report_is_kept(branch_export: BranchFactory, tmp_path: Path) -> None:

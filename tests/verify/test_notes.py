@@ -9,7 +9,7 @@ import pytest
 
 from lora_deploy.errors import UsageError
 from lora_deploy.export import export_onnx
-from lora_deploy.verify.parity import _weak_effects
+from lora_deploy.verify.cases import weak_effects
 from lora_deploy.verify.report import CaseResult, Metrics, ParityReport
 from lora_deploy.verify.tolerances import TOLERANCES
 from tests.export.conftest import BranchFactory
@@ -27,7 +27,7 @@ def _case(adapter: str, control: float) -> CaseResult:
 
 def test_an_adapter_whose_effect_is_less_than_ten_tolerances_is_named() -> None:
     cases = [_case("strong", 1e6), _case("weak", 300), _case("weak", 5), _case("nothing", 0.5)]
-    (note,) = _weak_effects(cases, TOLERANCES["fp32"])
+    (note,) = weak_effects(cases, TOLERANCES["fp32"])
     assert "the effect of weak is only 5.0 times" in note
 
 

@@ -16,8 +16,8 @@ from lora_deploy.errors import ParityError
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.verify.batches import make_batches
+from lora_deploy.verify.cases import compare_batch
 from lora_deploy.verify.metrics import compare_logits, is_within
-from lora_deploy.verify.parity import _compare_batch
 from lora_deploy.verify.reference import compute_logits, load_twin
 from lora_deploy.verify.report import CaseResult, Metrics, ParityReport
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
@@ -143,7 +143,7 @@ def test_every_tolerance_rejects_the_base_alone_and_accepts_the_trained_model(
     batch = make_batches(base)[1]
     logits = [compute_logits(model, batch.input_ids, batch.attention_mask) for model in (trained, alone)]
     for control, passed in ((logits[1], False), (logits[0], True)):
-        results = _compare_batch("", batch, logits[0], control, None, TOLERANCES[row])
+        results = compare_batch("", batch, logits[0], control, None, TOLERANCES[row])
         assert [result.passed for result in results] == [passed, passed]
 
 

@@ -1,0 +1,214 @@
+"""The deployed twin: the trained model in plain float32 PyTorch, but with the weights that an export really holds.
+
+What is between it and onnxruntime is the error of the export; what is between it and the trained model is the error of
+the deployment. Both are read from the file's own initializers: nothing is rounded anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lora_deploy.adapter import LoraAdapter, LoraUpdate
+from lora_deploy.adapter.int8 import dequantize
+from lora_deploy.adapter.packing import deployed_adapter
+from lora_deploy.export.coded import decode, initializer_shapes
+from lora_deploy.export.merge import MergedParameters
+from lora_deploy.layers.model import lora_layers
+from lora_deploy.manifest import CodedWeight, Manifest, Slot, StoredModule
+from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.verify.reference import apply_live, load_twin, put_parameters
+
+__all__ = ["DeployedWeights", "flat_initializer", "load_deployed_twin", "split_modules", "take_update_out"]
+
+
+class DeployedWeights:
+    """The weights of an export that are not those that were trained on, one layer at a time.
+
+    Args:
+        directory: The export.
+
+    Attributes:
+        model: Its graph.
+        manifest: What that says of itself.
+        modules: The layers, embedding and head among them.
+        corrections: The branch beside each of them that takes back part of what rounding lost.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        file = directory / "model.onnx"
+        self.model = ir.load(file)
+        self.manifest = Manifest.read(self.model.metadata_props, file)
+        self._coded = {
+            module.name: weight for weight in self.manifest.coded if not weight.exact for module in weight.modules
+        }
+        self.modules = tuple(self._coded)
+        self.corrections: dict[str, LoraUpdate] = {}
+        for slot in self.manifest.correction:
+            self.corrections |= self._read_correction(slot)
+
+    @property
+    def differs(self) -> bool:
+        """Whether the export holds anything that is not what was trained, up to the rounding to its type."""
+        int8 = any(slot.int8_blocks is not None for slot in self.manifest.slots)
+        return bool(self.modules) or int8
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether the adapter's update is inside of these weights."""
+        return self.manifest.branch is None and bool(self.modules)
+
+    def read(self, module: str) -> torch.Tensor:
+        """What a layer multiplies with, its correction included: float32 (out, in)."""
+        weight = self._coded[module]
+        for stored, codes, scales in split_modules(self.model, weight):
+            if stored.name == module:
+                values = decode(codes, scales, weight, stored.shape)
+                break
+        if module in self.corrections:
+            values += self.corrections[module].delta_weight()
+        return values
+
+    def _read_correction(self, slot: Slot) -> Iterator[tuple[str, LoraUpdate]]:
+        """A and B of each of a slot's layers, from the strips that the file holds."""
+        codes_a, scales_a, codes_b, scales_b = (flat_initializer(self.model, name) for name in slot.input_names)
+        assert slot.int8_blocks is not None
+        block_a, block_b = slot.int8_blocks
+        blocks = slot.inputs // block_a
+        rank = len(codes_a) // slot.inputs
+        a = dequantize(codes_a.view(blocks, block_a, rank), scales_a.view(blocks, 1, rank)).flatten(0, 1)
+        row = 0
+        for module, its_rank in self._ranks(slot, rank).items():
+            places = list(slot.places(module))
+            start, width = places[0][0].start, places[-1][0].stop - places[0][0].start
+            count = -(-width // block_b)
+            strip, codes_b = codes_b[: its_rank * width], codes_b[its_rank * width :]
+            factors, scales_b = scales_b[: its_rank * count], scales_b[its_rank * count :]
+            values = dequantize(strip.view(its_rank, count, -1), factors.view(its_rank, count, 1)).flatten(1)
+            b = torch.zeros(self._shape(module)[0], its_rank)
+            for columns, rows in places:
+                b[rows] = values[:, columns.start - start : columns.stop - start].t()
+            yield module, LoraUpdate(a[:, row : row + its_rank].t().contiguous(), b, 1.0)
+            row += its_rank
+
+    def _shape(self, module: str) -> tuple[int, int]:
+        return next(stored.shape for stored in self._coded[module].modules if stored.name == module)
+
+    def _ranks(self, slot: Slot, total: int) -> dict[str, int]:
+        """The rank of each layer of a slot: the one that was asked for, or what the layer's own sizes leave of it."""
+        modules = [module for module in slot.modules if module in self._coded]
+        for asked in range(1, total + 1):
+            ranks = {module: min(asked, *self._shape(module)) for module in modules}
+            if sum(ranks.values()) >= total:
+                break
+        return ranks
+
+
+def flat_initializer(model: ir.Model, name: str) -> torch.Tensor:
+    """The values of an initializer, flat, in their own type."""
+    tensor = model.graph.initializers[name].const_value
+    assert tensor is not None
+    array = tensor.numpy().reshape(-1)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def split_modules(model: ir.Model, weight: CodedWeight) -> Iterator[tuple[StoredModule, torch.Tensor, torch.Tensor]]:
+    """The layers of one product whose rows are whole blocks (8 bits, and what was made anew).
+
+    Yields:
+        The layer, its codes and its scales, flat.
+    """
+    codes, scales = flat_initializer(model, weight.codes), flat_initializer(model, weight.scales)
+    for module in weight.modules:
+        shapes = initializer_shapes(weight.model_copy(update={"modules": (module,)}))
+        first, second = (math.prod(shape) for shape in shapes)
+        yield module, codes[:first], scales[:second]
+        codes, scales = codes[first:], scales[second:]
+
+
+def load_deployed_twin(
+    directory: str | Path | DeployedWeights, base: TrainingBase, adapter: LoraAdapter | None
+) -> PreTrainedModel:
+    """The twin with the weights that an export holds, and what of the adapter is not in them live beside it.
+
+    Args:
+        directory: The export, or its weights, if they have been opened.
+        base: The training base.
+        adapter: The adapter; None for the export without one.
+
+    Returns:
+        A float32 model on the CPU.
+    """
+    weights = directory if isinstance(directory, DeployedWeights) else DeployedWeights(Path(directory))
+    twin = load_twin(base)
+    for module in weights.modules:
+        _put_weight(twin, base, weights, module)
+    if adapter is None:
+        return twin
+    if not weights.is_merged:
+        return apply_live(twin, deployed_adapter(adapter, weights.manifest.slots))
+    for name, values in adapter.parameters.items():
+        if name.removesuffix(".weight") not in weights.modules:
+            _put_parameter(twin, name, values.float())
+    left = {name: update for name, update in adapter.updates.items() if name not in weights.modules}
+    if not left:
+        return twin
+    config = adapter.config.model_copy(update={"bias": "none", "modules_to_save": None})
+    return apply_live(twin, replace(adapter, config=config, updates=left, parameters={}))
+
+
+def _put_weight(twin: PreTrainedModel, base: TrainingBase, weights: DeployedWeights, module: str) -> None:
+    """Also into the layers that share it, unless the export holds theirs apart."""
+    values = weights.read(module)
+    if isinstance(twin.get_submodule(module), Conv1D):
+        values = values.t().contiguous()
+    sharing = [alias for alias, name in base.aliases.items() if name == f"{module}.weight"]
+    for name in (f"{module}.weight", *sharing):
+        if name == f"{module}.weight" or name.removesuffix(".weight") not in weights.modules:
+            _put_parameter(twin, name, values)
+
+
+def _put_parameter(twin: PreTrainedModel, name: str, values: torch.Tensor) -> None:
+    """Replace a parameter, and not those that shared its memory."""
+    parent, _, last = name.rpartition(".")
+    setattr(twin.get_submodule(parent), last, nn.Parameter(values, requires_grad=False))
+
+
+def take_update_out(twin: PreTrainedModel, base: TrainingBase, adapter: LoraAdapter) -> None:
+    """The control of weights that the update is inside of: the deployed twin less what the adapter brings, in place.
+
+    The rounding stays, so that it is not the rounding that the gate sees. A classifier keeps the head it was trained
+    with: the base may have none.
+
+    Args:
+        twin: From `load_deployed_twin`.
+        base: The training base.
+        adapter: Its adapter.
+    """
+    live = lora_layers(twin)
+    for name, update in adapter.updates.items():
+        if name in live:
+            live[name].scaling = 0.0
+            continue
+        delta = update.delta_weight()
+        if isinstance(twin.get_submodule(name), Conv1D):
+            delta = delta.t()
+        _put_parameter(twin, f"{name}.weight", twin.get_parameter(f"{name}.weight") - delta)
+    if base.task == "causal-lm":
+        own = MergedParameters(base, None)
+        for name in adapter.parameters:
+            place = name.replace(".weight", ".base_layer.weight") if name.removesuffix(".weight") in live else name
+            transposed = isinstance(twin.get_submodule(name.rpartition(".")[0]), Conv1D)
+            values = own.read(name).float()
+            put_parameters(twin, {place: values.t() if transposed and values.dim() == 2 else values})

@@ -1,0 +1,169 @@
+"""How far the deployed weights are from the trained ones: on texts, and in the direction of the adapter's update."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lora_deploy.adapter import LoraAdapter
+from lora_deploy.adapter.packing import deployed_adapter
+from lora_deploy.export.merge import MergedParameters
+from lora_deploy.layers.model import lora_layers
+from lora_deploy.manifest import read_metadata
+from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.requantize.text import Text, pick_text
+from lora_deploy.verify.batches import Batch, make_batches
+from lora_deploy.verify.deployed import DeployedWeights, load_deployed_twin
+from lora_deploy.verify.deployment_report import DeploymentResult
+from lora_deploy.verify.metrics import compare_logits
+from lora_deploy.verify.reference import apply_live, compute_class_logits, compute_logits, load_twin
+from lora_deploy.verify.texts import Logits, TextResult, compare_on_text
+
+__all__ = ["DeploymentResult", "held_out_texts", "measure_deployment"]
+
+_ROWS = 24  # of all texts together
+_FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
+
+
+def held_out_texts(
+    directory: Path, base: TrainingBase, data: Path | None, training_data: Sequence[str | None]
+) -> list[Text]:
+    """Texts to measure a deployment on, without the rows that its rounding was calibrated on.
+
+    Args:
+        directory: The export.
+        base: The training base.
+        data: A JSONL file to take in the place of the training data; None to look for that.
+        training_data: The files that training recorded.
+
+    Returns:
+        None of them for a classifier, whose texts have no successors to predict.
+
+    Raises:
+        DataError: `data` cannot be read.
+    """
+    if base.task != "causal-lm":
+        return []
+    taken: dict[str, int] = json.loads(read_metadata(directory).get("lora_deploy.calibration", "{}"))
+    known = [file for file in training_data if file is not None and Path(file).is_file()]
+    calibrated = [key for key in taken if key != "general"]
+    return pick_text(base, data, known or calibrated, _ROWS, taken=taken)
+
+
+def measure_deployment(
+    directory: str | Path | DeployedWeights,
+    base: TrainingBase,
+    adapter: LoraAdapter | None,
+    texts: Sequence[Text],
+    *,
+    deployed: PreTrainedModel | None = None,
+) -> DeploymentResult:
+    """Compare the weights that an export holds with those that were trained, both in float32 PyTorch.
+
+    Args:
+        directory: The export, or its weights, if they have been opened.
+        base: The training base.
+        adapter: The adapter; None for an export of the base alone.
+        texts: To compare on, where both are given the same tokens. None for a classifier, which is compared on the
+            batches of the parity check.
+        deployed: What `load_deployed_twin` gives, if it has been loaded.
+    """
+    weights = directory if isinstance(directory, DeployedWeights) else DeployedWeights(Path(directory))
+    layers, survives = _survival(weights, base, adapter)
+    twin = load_deployed_twin(weights, base, adapter) if deployed is None else deployed
+    trained = load_twin(base) if adapter is None else apply_live(load_twin(base), adapter)
+    if base.task == "sequence-classification":
+        results = [_compare_classes(trained, twin, batch) for batch in make_batches(base)]
+    else:
+        without = _without_update(trained) if adapter is not None else None
+        results = [compare_on_text(text, _logits(trained), _logits(twin), without) for text in texts]
+    return DeploymentResult(texts=results, bits=_stored_bits(weights, base), survives=survives, layers=layers)
+
+
+def _logits(model: PreTrainedModel) -> Logits:
+    return lambda ids, mask: compute_logits(model, ids, mask)
+
+
+def _without_update(model: PreTrainedModel) -> Logits:
+    def logits(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        with _update_off(model):
+            return compute_logits(model, ids, mask)
+
+    return logits
+
+
+@contextmanager
+def _update_off(model: PreTrainedModel) -> Iterator[None]:
+    """For a moment, no layer has its low-rank update."""
+    scalings = {layer: layer.scaling for layer in lora_layers(model).values()}
+    try:
+        for layer in scalings:
+            layer.scaling = 0.0
+        yield
+    finally:
+        for layer, scaling in scalings.items():
+            layer.scaling = scaling
+
+
+def _compare_classes(trained: PreTrainedModel, deployed: PreTrainedModel, batch: Batch) -> TextResult:
+    def logits(model: PreTrainedModel) -> torch.Tensor:
+        return compute_class_logits(model, batch.input_ids, batch.attention_mask)
+
+    everything = torch.ones_like(batch.attention_mask[:, :1])
+    reference = logits(trained)
+    found = compare_logits(reference, logits(deployed), everything, tie_margin=0.0)
+    base_kl = None
+    if lora_layers(trained):
+        with _update_off(trained):
+            base_kl = compare_logits(reference, logits(trained), everything, tie_margin=0.0).mean_kl
+    return TextResult(name=batch.name, tokens=found.tokens, kl=found.mean_kl, top1=found.top1, base_kl=base_kl)
+
+
+def _survival(
+    weights: DeployedWeights, base: TrainingBase, adapter: LoraAdapter | None
+) -> tuple[dict[str, float], float | None]:
+    """<W_deployed - W_base, dW> / <dW, dW> of each layer that the adapter updates, and of all together."""
+    if adapter is None:
+        return {}, None
+    running = deployed_adapter(adapter, weights.manifest.slots)
+    own = MergedParameters(base, replace(adapter, updates={}))
+    layers, kept, whole = {}, 0.0, 0.0
+    for name, update in adapter.updates.items():
+        delta = update.delta_weight()
+        moved = torch.zeros_like(delta)
+        if name in weights.modules:
+            is_conv1d = name in base.linears and base.linears[name].is_conv1d
+            moved += weights.read(name) - own.read(f"{name}.weight", transposed=is_conv1d).float()
+        if not (weights.is_merged and name in weights.modules):  # beside the weight, or merged into one in floats
+            moved += running.delta_weight(name)
+        found, expected = float((moved * delta).sum()), float(delta.square().sum())
+        kept, whole = kept + found, whole + expected
+        layers[name] = found / expected if expected else 1.0
+    return layers, kept / whole if whole else None
+
+
+def _stored_bits(weights: DeployedWeights, base: TrainingBase) -> float:
+    """Mean bits of a weight of the linear layers, apart from the output head."""
+    linears = {name for name in base.linears if name not in base.heads}
+    count = {name: base.linears[name].shape[0] * base.linears[name].shape[1] for name in linears}
+    spent, coded = 0, set()
+    for weight in weights.manifest.coded:
+        names = {module.name for module in weight.modules}
+        if names <= linears:
+            spent += 8 * (_bytes(weights, weight.codes) + _bytes(weights, weight.scales))
+            coded |= names
+    spent += 8 * sum(_bytes(weights, name) for slot in weights.manifest.correction for name in slot.input_names)
+    spent += _FLOAT_BITS[weights.manifest.compute_dtype] * sum(count[name] for name in linears - coded)
+    return spent / sum(count.values())
+
+
+def _bytes(weights: DeployedWeights, initializer: str) -> int:
+    tensor = weights.model.graph.initializers[initializer].const_value
+    assert tensor is not None
+    return tensor.nbytes

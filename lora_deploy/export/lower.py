@@ -104,7 +104,17 @@ def lower_graph(graph: Graph, coded_base: CodedBase | None, branches: Branches |
         choice.place()
     model.graph.opset_imports.setdefault("com.microsoft", 1)
     left = {name: source for name, source in sources.items() if name in model.graph.initializers}
-    return Lowered(Graph(model, left, graph.genai_config), tuple(coded), tuple(slots))
+    return Lowered(
+        Graph(model, left, graph.genai_config), tuple(_name_output(model, one) for one in coded), tuple(slots)
+    )
+
+
+def _name_output(model: ir.Model, weight: CodedWeight) -> CodedWeight:
+    """With the name that its product's output has now: where nothing was added to it, that of the layer it replaces."""
+    for use in model.graph.initializers[weight.codes].uses():
+        if use.node.op_type == weight.operator:
+            return weight.model_copy(update={"output": use.node.outputs[0].name})
+    return weight
 
 
 def _dtype_of(model: ir.Model) -> ir.DataType:

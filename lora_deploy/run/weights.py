@@ -55,6 +55,8 @@ class ExpandedWeights:
         # Of their own, for the pass below takes codes that nothing reads any more out of the graph.
         self._initializers = dict(model.graph.initializers)
         for weight in self.manifest.coded:
+            if weight.operator == "GatherBlockQuantized":
+                continue  # a lookup reads a few rows only
             self._replace(values[weight.output], weight, file.name)
         self._given = {
             name: import_onnxruntime().OrtValue.ortvalue_from_numpy(array)
@@ -227,11 +229,13 @@ def _product(value: ir.Value, weight: CodedWeight) -> ir.Node:
 def _dequantize(codes: NDArray[Any], scales: NDArray[np.float32], weight: CodedWeight) -> NDArray[np.float32]:
     """float32 (out, in), the products of code and scale, as bitsandbytes has them."""
     rows, columns = weight.shape
-    if weight.scheme == "int8":
+    if weight.scheme == "int4":
+        codes = np.stack([codes & 15, codes >> 4], axis=-1)
+    if weight.scheme in ("int8", "int4"):
         if weight.operator == "expand":
             return codes.astype(np.float32) * scales
         blocks = codes.astype(np.float32).reshape(rows, -1, weight.blocksize)
-        blocks -= 128
+        blocks -= 8 if weight.scheme == "int4" else 128
         blocks *= scales.reshape(rows, -1, 1)
         return blocks.reshape(rows, -1)[:, :columns]
     table = np.array(pair_table(weight.scheme), np.float32)

@@ -30,7 +30,7 @@ from lora_deploy.export.requantized import RoundedWeights, stream_rounded
 from lora_deploy.export.weights import stream_weights
 from lora_deploy.export.writer import INLINE_BYTES, TOKENIZER_FILES, commit, staging_directory, write_data, write_model
 from lora_deploy.manifest import BranchKind, Manifest
-from lora_deploy.quantization.hashes import combine_hashes
+from lora_deploy.quantization.hashes import combine_hashes, hash_tensors
 from lora_deploy.requantize.budget import spend_budget
 from lora_deploy.requantize.options import Requantization
 from lora_deploy.requantize.text import Text, pick_text, rows_taken
@@ -124,6 +124,9 @@ def export_onnx(
         raise UsageError(
             "an adapter is merged, or it is a branch", found=f"branch={branch!r}, merge=True", remedy="say merge=False"
         )
+    from lora_deploy.verify.report import check_comparison
+
+    check_comparison(data, max_kl)
     make_plan = partial(
         plan_export,
         model,
@@ -178,8 +181,8 @@ def _write(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> tuple[Ma
     manifest = _manifest(plan, {**parameters.code_hashes, **(rounded.hashes if rounded is not None else {})})
     graph.producer_name, graph.producer_version = "lora-deploy", version("lora-deploy")
     graph.metadata_props.update({**_provenance(plan, sha256), **manifest.entries()})
-    if rounded is not None and rounded.taken:
-        graph.metadata_props["lora_deploy.calibration"] = json.dumps(rounded.taken, sort_keys=True)
+    if rounded is not None:
+        graph.metadata_props.update(_made_from(plan, rounded))
     write_model(graph, staging)
     _write_side_files(plan, staging)
     return manifest, parameters.code_hashes
@@ -295,6 +298,18 @@ def _provenance(plan: ExportPlan, data_sha256: str) -> dict[str, str]:
             for name, adapter in plan.adapters.items()
         }
         entries["lora_deploy.adapters"] = json.dumps(described, sort_keys=True)
+    return entries
+
+
+def _made_from(plan: ExportPlan, rounded: RoundedWeights) -> dict[str, str]:
+    """What rounding was calibrated on, and the hash of its correction, for `metadata_props`."""
+    entries = {}
+    if rounded.taken:
+        entries["lora_deploy.calibration"] = json.dumps(rounded.taken, sort_keys=True)
+    if rounded.updates:
+        named = stream_branches(plan.lowered.slots, [rounded.correction()], plan.compute_dtype)
+        sha256 = hash_tensors((name, [values.flatten()]) for name, values in named)
+        entries["lora_deploy.correction_sha256"] = sha256
     return entries
 
 

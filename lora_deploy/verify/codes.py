@@ -79,6 +79,7 @@ def check_codes(directory: Path, base: TrainingBase) -> CodesResult | None:
             layers += 1
     if not manifest.coded:
         return None
+    _check_correction(file, model, manifest)
     return CodesResult(
         layers=layers,
         bytes=size,
@@ -86,6 +87,21 @@ def check_codes(directory: Path, base: TrainingBase) -> CodesResult | None:
         requantized=any(weight.requantized for weight in manifest.coded),
         scales=str(dtype).removeprefix("torch."),
     )
+
+
+def _check_correction(file: Path, model: ir.Model, manifest: Manifest) -> None:
+    """Compare the branch that takes back part of what rounding lost with the recorded hash."""
+    expected = model.metadata_props.get("lora_deploy.correction_sha256", "")
+    names = [name for slot in manifest.correction for name in slot.input_names]
+    found = hash_tensors((name, [flat_initializer(model, name)]) for name in names)
+    if names and found != expected:
+        raise ParityError(
+            "the correction in the export is not the one that was made for it",
+            file=file,
+            found=f"sha256 {found[:16]}…",
+            expected=f"sha256 {expected[:16]}…",
+            remedy="export again",
+        )
 
 
 def _check_made_anew(file: Path, model: ir.Model, weight: CodedWeight) -> int:

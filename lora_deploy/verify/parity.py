@@ -29,7 +29,7 @@ from lora_deploy.verify.reference import (
     load_twin,
     put_parameters,
 )
-from lora_deploy.verify.report import CaseResult, Metrics, ParityReport, check_max_kl
+from lora_deploy.verify.report import CaseResult, Metrics, ParityReport, check_comparison
 from lora_deploy.verify.sessions import Exported, open_sessions, run_export
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
 
@@ -68,10 +68,11 @@ def check_parity(
 
     Raises:
         ParityError: The codes in the export are not the base's, or not the adapter's, or not those that were made.
+        UsageError: `max_kl` is negative.
         DataError: `data` cannot be read.
     """
     directory = Path(directory)
-    check_max_kl(max_kl)
+    check_comparison(data, max_kl)
     codes = check_codes(directory, base)
     check_adapter_codes(directory, adapters)
     deployed = DeployedWeights(directory)

@@ -9,26 +9,33 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
 
-from lora_deploy.errors import OutputError, ParityError, UsageError
+from lora_deploy.errors import DataError, OutputError, ParityError, UsageError
 from lora_deploy.verify.codes import CodesResult
 from lora_deploy.verify.deployment_report import DeploymentResult
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["REPORT_NAME", "CaseResult", "Metrics", "ParityReport", "check_max_kl"]
+__all__ = ["REPORT_NAME", "CaseResult", "Metrics", "ParityReport", "check_comparison"]
 
 REPORT_NAME = "parity.json"
 
 
-def check_max_kl(max_kl: float | None) -> None:
-    """Make sure that a limit on the Kullback-Leibler divergence can be kept.
+def check_comparison(data: Path | None, max_kl: float | None) -> None:
+    """Make sure, before any work, that deployed and trained weights can be compared as it is asked for.
+
+    Args:
+        data: The text.
+        max_kl: The limit.
 
     Raises:
-        UsageError: It is negative, or no number.
+        UsageError: The limit is negative, or no number.
+        DataError: The file of the text is not there.
     """
     if max_kl is not None and not max_kl >= 0:
         raise UsageError("a divergence is not negative", found=max_kl, expected="--max-kl 0.05 for one")
+    if data is not None and not Path(data).is_file():
+        raise DataError("there is no text to compare on", file=data, remedy="change --compare-on, or leave it out")
 
 
 class Metrics(BaseModel):

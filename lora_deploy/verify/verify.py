@@ -18,7 +18,7 @@ from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.run.adapters import find_adapters
 from lora_deploy.run.session import Weights, check_weights
 from lora_deploy.verify.parity import check_parity
-from lora_deploy.verify.report import ParityReport
+from lora_deploy.verify.report import ParityReport, check_comparison
 
 __all__ = ["verify"]
 
@@ -50,7 +50,7 @@ def verify(
         on_progress: Is told the task, how much is done and of how much.
 
     Raises:
-        UsageError: There is no such provider, or adapter.
+        UsageError: There is no such provider, or adapter, or `max_kl` is negative.
         InputError: The export is damaged, or the base or an adapter is not the one it was made from.
         ParityError: The codes in the export are not the base's, or not those that were made.
     """
@@ -58,6 +58,7 @@ def verify(
     if provider not in (None, "cpu", "cuda"):
         raise UsageError("there is no such provider", found=provider, expected="cpu or cuda")
     check_weights(weights)
+    check_comparison(data, max_kl)
     entries = _read_provenance(directory)
     base_model = model if model is not None else entries["lora_deploy.base_model"]
     scheme = QuantizationScheme.model_validate_json(entries["lora_deploy.quantization"])

@@ -46,7 +46,7 @@ def _branch(place: Place, *more: object, adapter: bool = True, quantization: str
         (["--branch", "--adapter", "=ADAPTER"], ["cannot be the name"]),
         (["--branch", "--fixed", "--adapter", "two=ADAPTER"], ["of one adapter", "one, two"]),
         (["--merge", "--adapter", "two=ADAPTER"], ["only one adapter can be merged", "one, two"]),
-        (["--branch", "--precision", "int4"], ["no such precision", "int4", "nf4"]),
+        (["--branch", "--precision", "int4"], ["needs --merge", "int4", "nf4"]),
         (["--branch", "--precision", "fp4"], ["not trained in this precision", "fp4", "nf4, int8"]),
         (["--merge", "--precision", "nf4"], ["needs --branch", "nf4"]),
         (["--branch", "--precision", "bf16"], ["bf16", "cpu"]),

@@ -185,7 +185,7 @@ def test_rows_that_were_calibrated_on_are_left_out(
     written: tuple[Path, Path], adapter_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
     directory, data = written
-    asked = Requantization(4, blocksize=16, rows=8, data=data)
+    asked = Requantization(4, blocksize=16, rows=16, data=data)
     result = export_onnx(
         directory,
         adapter_dir("llama"),
@@ -199,10 +199,10 @@ def test_rows_that_were_calibrated_on_are_left_out(
     assert [found.name for found in result.report.deployment.texts] == ["task", "general"]
     assert all(found.held_out for found in result.report.deployment.texts)
     base = TrainingBase(directory)
-    taken = pick_text(base, data, [], 8)
-    assert rows_taken(taken) == {str(data.resolve()): 4, "general": 4}
+    taken = pick_text(base, data, [], 16)
+    assert rows_taken(taken) == {str(data.resolve()): 4}
     left = held_out_texts(tmp_path / "out", base, None, [None])
-    assert [len(one) for one in left] == [4, 12]
+    assert [len(one) for one in left] == [4, 18]
     for before, after in zip(taken, left, strict=True):
         rows = {tuple(row.tolist()[:20]) for row in before.input_ids}
         assert not rows & {tuple(row.tolist()[:20]) for row in after.input_ids}

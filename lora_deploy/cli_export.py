@@ -93,7 +93,7 @@ def export(
     ] = None,
     calibration_rows: Annotated[
         int, typer.Option(help="Rows of text to calibrate on; 0 rounds every weight by itself.")
-    ] = 64,
+    ] = 96,
     adapter_precision: Annotated[
         str | None,
         typer.Option(

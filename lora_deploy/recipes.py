@@ -51,7 +51,7 @@ class Recipe(BaseModel):
     budget_bits: float | None = None
     correction: int = Field(default=0, ge=0)
     calibration: str | None = None
-    calibration_rows: int = Field(default=64, ge=0)
+    calibration_rows: int = Field(default=96, ge=0)
     adapter_precision: Literal["int8"] | None = None
     quantization: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
     no_double_quant: bool = False

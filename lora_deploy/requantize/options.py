@@ -42,7 +42,7 @@ class Requantization:
     budget_bits: float | None = None
     correction: int = 0
     data: Path | None = None
-    rows: int = 64
+    rows: int = 96
 
     def __post_init__(self) -> None:
         if self.blocksize not in _BLOCKS:

@@ -17,7 +17,7 @@ from lora_deploy.quantization.affine import AffineWeight
 
 __all__ = ["Gram", "fit_scales", "round_plain", "round_with_feedback"]
 
-_DAMPING = 0.01  # of the mean of the diagonal, as in GPTQ
+_DAMPING = 0.02  # of the mean of the diagonal
 _ROWS = 4096  # of a weight that are rounded at once
 _PIECE = 64  # columns between two updates of all that are to come
 # Factors on the scale at which the largest weight of a block is just representable; smaller ones clip it.

@@ -15,12 +15,14 @@ from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.train.data import IGNORED, read_records
 from lora_deploy.train.encode import encode
 
-__all__ = ["GENERAL", "Text", "load_text", "pick_text", "rows_taken"]
+__all__ = ["GENERAL", "HELD_OUT", "Text", "load_text", "pick_text", "rows_taken"]
 
 GENERAL = Path(__file__).with_name("calibration.jsonl")
-"""Some of everything, written for this purpose."""
+"""Some of everything, written for this purpose: to calibrate on."""
+HELD_OUT = Path(__file__).with_name("held_out.jsonl")
+"""The same, of other subjects: to measure with."""
 
-_LENGTH = 128  # tokens that are kept of a row
+_LENGTH = 192  # tokens that are kept of a row
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,11 +44,6 @@ class Text:
     labels: torch.Tensor
     attention_mask: torch.Tensor
     held_out: bool = True
-
-    @property
-    def key(self) -> str:
-        """What tells which text it is, on this machine: the file's full path, or "general" for what is shipped."""
-        return self.name if self.name == "general" else str(Path(self.source).resolve())
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -81,20 +78,20 @@ def load_text(name: str, file: Path, base: TrainingBase, rows: int, taken: int =
     if tokenizer is None:
         return _random_text(name, base, rows, seed=1 if taken else 0)
     length = min(_LENGTH, base.config.max_position_embeddings)
+    records = list(read_records(file))
+    held_out = len(records) > taken
+    if held_out:
+        gone = set(_spread(len(records), taken))
+        records = [record for number, record in enumerate(records) if number not in gone]
     encoded = [
-        encode(f"{file}, line {number}", _flatten(record, tokenizer), tokenizer, chat_template=True)
-        for number, record in read_records(file)
+        encode(f"{file}, line {records[at][0]}", _flatten(records[at][1], tokenizer), tokenizer, chat_template=True)
+        for at in _spread(len(records), rows)
     ]
     kept = [(ids[:length], learned[:length]) for ids, learned in encoded if any(learned[1:length])]
-    held_out = len(kept) > taken
-    if held_out:
-        gone = set(_spread(len(kept), taken))
-        kept = [row for number, row in enumerate(kept) if number not in gone]
     if not kept:
-        raise DataError("the data has no text to calibrate on", file=file)
-    chosen = [kept[number] for number in _spread(len(kept), rows)]
-    ids = [torch.tensor(row) for row, _ in chosen]
-    learned = [torch.tensor(marks) for _, marks in chosen]
+        raise DataError("the data has no text to calibrate on or to compare with", file=file)
+    ids = [torch.tensor(row) for row, _ in kept]
+    learned = [torch.tensor(marks) for _, marks in kept]
     labels = [torch.where(mark, row, IGNORED) for row, mark in zip(ids, learned, strict=True)]
     return replace(_pad(name, str(file), ids, labels), held_out=held_out)
 
@@ -112,15 +109,19 @@ def pick_text(
     data: Sequence[str | None],
     rows: int,
     *,
+    general: Path = GENERAL,
     taken: Mapping[str, int] | None = None,
 ) -> list[Text]:
-    """Half the rows from the training data, if any of it is there, and the other half from the text that is shipped.
+    """A quarter of the rows from the training data, if any of it is there, and the rest from a text that is shipped.
+
+    What was learnt is of one kind, and a few rows of it tell; the rest of the language needs more.
 
     Args:
         base: The training base.
         given: A file to take in the place of the training data; None to look for that.
         data: Files of training data; those that are None or not there are left out.
         rows: Of all texts together.
+        general: The text that is shipped.
         taken: How many rows of each text to leave out (`rows_taken` of what an earlier call gave).
 
     Raises:
@@ -128,25 +129,24 @@ def pick_text(
     """
 
     def load(name: str, file: Path, count: int) -> Text:
-        key = name if name == "general" else str(file.resolve())
-        return load_text(name, file, base, count, (taken or {}).get(key, 0))
+        return load_text(name, file, base, count, (taken or {}).get(str(file.resolve()), 0))
 
-    half = max(rows // 2, 1)
+    own = max(rows // 4, 1)
     if given is not None:
-        return [load("task", given, half), load("general", GENERAL, half)]
+        return [load("task", given, own), load("general", general, max(rows - own, 1))]
     files = list(dict.fromkeys(Path(file) for file in data if file is not None and Path(file).is_file()))
     texts = []
     for file in files:
         try:
-            texts.append(load("task", file, max(half // len(files), 1)))
+            texts.append(load("task", file, max(own // len(files), 1)))
         except (DataError, CheckpointError):  # it has changed since, or was read without the chat template
             continue
-    return [*texts, load("general", GENERAL, half if texts else rows)]
+    return [*texts, load("general", general, max(rows - own, 1) if texts else rows)]
 
 
 def rows_taken(texts: Sequence[Text]) -> dict[str, int]:
-    """How many rows of each text were taken, by its `key`."""
-    return {text.key: len(text) for text in texts}
+    """How many rows of each text of the user's were taken, by the file's full path."""
+    return {str(Path(text.source).resolve()): len(text) for text in texts if text.name == "task" and text.source}
 
 
 def _tokenizer(base: TrainingBase) -> PreTrainedTokenizerBase | None:

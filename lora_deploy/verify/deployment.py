@@ -17,7 +17,7 @@ from lora_deploy.export.merge import MergedParameters
 from lora_deploy.layers.model import lora_layers
 from lora_deploy.manifest import read_metadata
 from lora_deploy.quantization.base import TrainingBase
-from lora_deploy.requantize.text import Text, pick_text
+from lora_deploy.requantize.text import HELD_OUT, Text, pick_text
 from lora_deploy.verify.batches import Batch, make_batches
 from lora_deploy.verify.deployed import DeployedWeights, load_deployed_twin
 from lora_deploy.verify.deployment_report import DeploymentResult
@@ -52,8 +52,7 @@ def held_out_texts(
         return []
     taken: dict[str, int] = json.loads(read_metadata(directory).get("lora_deploy.calibration", "{}"))
     known = [file for file in training_data if file is not None and Path(file).is_file()]
-    calibrated = [key for key in taken if key != "general"]
-    return pick_text(base, data, known or calibrated, _ROWS, taken=taken)
+    return pick_text(base, data, known or list(taken), _ROWS, general=HELD_OUT, taken=taken)
 
 
 def measure_deployment(

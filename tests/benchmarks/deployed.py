@@ -35,7 +35,7 @@ from lora_deploy.quantization import DenseWeight, QuantizationScheme, quantize
 from lora_deploy.quantization.affine import round_to_nearest
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize import Requantization
-from lora_deploy.requantize.text import Text, load_text
+from lora_deploy.requantize.text import HELD_OUT, Text, load_text
 from lora_deploy.run import OnnxModel
 from lora_deploy.run.session import OnnxSession
 from lora_deploy.terminal import make_console
@@ -43,7 +43,6 @@ from lora_deploy.train import TrainOptions, train_adapter
 from lora_deploy.verify.reference import compute_logits, load_twin
 from lora_deploy.verify.texts import Logits, compare_on_text
 
-_GENERAL = Path(__file__).with_name("general.jsonl")
 _NF4 = QuantizationScheme(method="nf4")
 _ROWS = 4  # of a text at once, as compare_on_text takes them
 Rewrite = Callable[[torch.Tensor], torch.Tensor]
@@ -108,7 +107,7 @@ class Bench:
         self.base = TrainingBase(model, _NF4)
         self.texts = [
             load_text("task", self.directory / "data" / "held_out.jsonl", self.base, 40),
-            load_text("general", _GENERAL, self.base, 32),
+            load_text("general", HELD_OUT, self.base, 32),
         ]
         self._reference: dict[str, list[torch.Tensor]] = {}
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_deploy.adapter import load_adapter as load_adapter
     from lora_deploy.adapter import save_adapter as save_adapter
+    from lora_deploy.compare import compare_precisions as compare_precisions
     from lora_deploy.config import LoraConfig as LoraConfig
     from lora_deploy.export import export_onnx as export_onnx
     from lora_deploy.layers import LoraLinear as LoraLinear
@@ -28,6 +29,7 @@ _HOMES = {
     "LoraLinear": "layers",
     "OnnxClassifier": "run",
     "OnnxModel": "run",
+    "compare_precisions": "compare",
     "export_onnx": "export",
     "get_lora_model": "layers",
     "load_adapter": "adapter",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from lora_deploy.cli_adapter import Json, Quiet
+from lora_deploy.cli_compare import export_comparison
 from lora_deploy.cli_recipes import RecipeOption, decide_mode
 from lora_deploy.cli_run import HowWeights
 from lora_deploy.errors import UsageError
@@ -110,15 +111,25 @@ def export(
     provider: Annotated[str, typer.Option(help="What it will run on: cpu, cuda, webgpu or dml.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave the parity check out.")] = False,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Export nothing: try the precisions, and show what each costs and keeps."),
+    ] = False,
     compare_on: CompareOn = None,
     max_kl: MaxKl = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Export an adapter and its base to ONNX, and prove that nothing was lost."""
+    if compare:
+        export_comparison(context, _named(adapter or []))
+        return
     merge, branch, fixed, pool = decide_mode(context, merge, branch, fixed, pool)
     if merge == branch:
-        raise UsageError("say how the adapter is exported", remedy="add --merge or --branch, or --recipe NAME")
+        raise UsageError(
+            "say how the adapter is exported",
+            remedy="add --merge or --branch, or --recipe NAME; --compare shows what each is worth",
+        )
     floats = compute_dtype and precision not in ("int8", "int4")
     if (fixed or pool or expand or floats or adapter_precision) and not branch:
         raise UsageError(

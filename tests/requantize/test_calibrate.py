@@ -19,7 +19,6 @@ from lora_deploy.requantize.streamed import run_streamed
 from lora_deploy.requantize.text import Text
 from lora_deploy.verify.reference import load_twin
 from tests.conftest import CheckpointFactory
-from tests.export.conftest import SHORT, adapter_dir  # noqa: F401
 
 NF4 = QuantizationScheme(method="nf4")
 FAMILIES = ("llama", "qwen2", "gpt2")

@@ -1,0 +1,5 @@
+"""Fixtures of other folders."""
+
+from tests.export.conftest import adapter_dir
+
+__all__ = ["adapter_dir"]

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lora_deploy.data.encode import encode
+from lora_deploy.data.examples import IGNORED, read_records
 from lora_deploy.errors import CheckpointError, DataError
 from lora_deploy.quantization.base import TrainingBase
-from lora_deploy.train.data import IGNORED, read_records
-from lora_deploy.train.encode import encode
 
 __all__ = ["GENERAL", "HELD_OUT", "Text", "load_text", "pick_text", "rows_taken"]
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 
+from lora_deploy.data.examples import IGNORED, Example
 from lora_deploy.errors import UsageError
-from lora_deploy.train.data import IGNORED, Example
 
 __all__ = ["EpochSampler", "Rows", "check_packing", "collate_packed", "collate_padded", "pack"]
 

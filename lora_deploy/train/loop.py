@@ -14,6 +14,7 @@ from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lora_deploy.adapter import TrainingRecord, save_adapter
+from lora_deploy.data.examples import Example, load_examples, split_examples
 from lora_deploy.errors import CheckpointError, UsageError
 from lora_deploy.layers import count_parameters, get_lora_model
 from lora_deploy.quantization.base import TrainingBase
@@ -30,7 +31,6 @@ from lora_deploy.train.checkpoints import (
     finished_steps,
     last_checkpoint,
 )
-from lora_deploy.train.data import Example, load_examples, split_examples
 from lora_deploy.train.interrupt import Interruption, StopCallback
 from lora_deploy.train.options import TrainOptions, TrainResult
 from lora_deploy.train.progress import LOG_NAME, PLOT_NAME, LogCallback, ProgressCallback, draw_loss, quiet_libraries

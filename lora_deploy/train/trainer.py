@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lora_deploy.adapter import TrainingRecord, load_adapter, save_adapter
+from lora_deploy.data.examples import IGNORED
 from lora_deploy.errors import OutputError, UsageError
 from lora_deploy.train.batches import EpochSampler, Row, Rows, collate_packed, collate_padded
 from lora_deploy.train.checkpoints import save_options
-from lora_deploy.train.data import IGNORED
 
 __all__ = ["AdapterTrainer"]
 

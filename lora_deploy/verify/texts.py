@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from pydantic import BaseModel
 
+from lora_deploy.data.examples import IGNORED
 from lora_deploy.requantize.text import Text
-from lora_deploy.train.data import IGNORED
 
 __all__ = ["Logits", "TextResult", "compare_on_text"]
 

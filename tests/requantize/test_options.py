@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -85,3 +87,10 @@ def test_mean_bits_count_the_correction(checkpoint_dir: CheckpointFactory) -> No
     shapes = [base.linears[name].shape for name in grids]
     expected = 4.5 + 8.5 * 3 * sum(map(sum, shapes)) / sum(rows * columns for rows, columns in shapes)
     assert mean_bits(grids, base, correction=3) == pytest.approx(expected)
+
+
+def test_exports_need_nothing_of_the_extra_for_training() -> None:
+    code = (
+        "import sys; sys.modules['accelerate'] = None; import lora_deploy.export.export, lora_deploy.verify.deployment"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from lora_deploy.data.examples import IGNORED, Example
 from lora_deploy.errors import UsageError
 from lora_deploy.train.batches import EpochSampler, check_packing, collate_packed, collate_padded, pack
-from lora_deploy.train.data import IGNORED, Example
 from tests.conftest import tiny_model, token_ids
 
 

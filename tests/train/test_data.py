@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from lora_deploy.data.examples import IGNORED, Example, Examples, load_examples, read_records, split_examples
 from lora_deploy.errors import CheckpointError, DataError
-from lora_deploy.train.data import IGNORED, Example, Examples, load_examples, read_records, split_examples
 from tests.train.conftest import CHATML, calls, char_tokenizer, write_jsonl
 
 QA = {"prompt": "hello", "completion": "yes"}

@@ -15,12 +15,12 @@ from rich.console import Console
 
 from lora_deploy.adapter import TrainingRecord, load_adapter, read_adapter
 from lora_deploy.config import LoraConfig
+from lora_deploy.data.examples import load_examples
 from lora_deploy.errors import CheckpointError, DataError, OutputError, UsageError
 from lora_deploy.quantization import QuantizationScheme, load_base_model
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_codes
 from lora_deploy.train import TrainOptions, train_adapter
-from lora_deploy.train.data import load_examples
 from tests.train.conftest import calls, char_tokenizer, write_jsonl
 
 MakeOptions = Callable[..., TrainOptions]

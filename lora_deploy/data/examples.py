@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lora_deploy.data.encode import encode
 from lora_deploy.errors import DataError
-from lora_deploy.train.encode import encode
 
 __all__ = ["IGNORED", "Example", "Examples", "load_examples", "read_records", "split_examples"]
 

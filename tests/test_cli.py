@@ -20,10 +20,13 @@ __all__ = ["adapter_dir", "command"]
 
 COMMANDS = ("train", "export", "verify", "run", "demo")
 REPORT_KEYS = {
+    "activation_rounding",
     "bitsandbytes_gap",
     "cases",
     "codes",
     "control_failed",
+    "deployment",
+    "max_kl",
     "notes",
     "passed",
     "precision",

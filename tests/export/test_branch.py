@@ -64,7 +64,7 @@ def test_a_branch_passes_the_gate_and_the_base_alone_does_not(
         ({"precision": "fp32"}, "fp32"),
         ({"precision": "fp16"}, "fp16"),
         ({"compute_dtype": "fp16"}, "fp16"),
-        ({"precision": "int8"}, "int8"),
+        ({"precision": "int8"}, "fp32"),
     ],
     ids=["expanded", "fp32", "fp16", "computed in fp16", "int8"],
 )

@@ -77,7 +77,7 @@ def test_int8_is_the_float_branch_within_a_millionth_and_the_base_alone_is_not(
         ({}, "fp32"),
         ({"expand": True}, "fp32"),
         ({"precision": "fp32"}, "fp32"),
-        ({"precision": "int8"}, "int8"),
+        ({"precision": "int8"}, "fp32"),
         ({"compute_dtype": "fp16"}, "fp16"),
     ],
     ids=str,

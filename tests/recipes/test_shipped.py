@@ -154,7 +154,7 @@ def test_merged_codes_have_their_bits_and_their_level(
     merged = export_onnx(base, result.output.parent / "own", output=tmp_path / "merged", **floats)  # type: ignore[arg-type]
     bare = export_onnx(base, None, output=tmp_path / "bare", **floats)  # type: ignore[arg-type]
     expected, control, logits = _logits(merged.output), _logits(bare.output), _logits(result.output)
-    assert recipe.calibration_rows == 64
+    assert recipe.calibration_rows == 96
     error, apart = (np.sqrt(np.mean((one - expected) ** 2)) for one in (logits, control))
     assert error < apart / (2 if bits == 4 else 10)
 

@@ -12,7 +12,7 @@ from lora_deploy.run import OnnxModel
 from lora_deploy.verify.tolerances import TOLERANCES
 from tests.real.conftest import NEW_TOKENS, Trained, genai_tokens, run_command
 
-pytestmark = pytest.mark.real
+pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 # A little text, so that the test is quick; the default calibrates on more.
 CALIBRATION = ("--calibration-rows", 24)

@@ -127,7 +127,7 @@ class Comparison(BaseModel):
         names = [text.name for text in self.trained.texts]
         columns = [f"{name} {what}" for name in names for what in _SHOWN[name]]
         for heading in ("MB", "tokens/s", *columns):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", min_width=7 if heading.endswith("KL") else None)
         for row in (*self.rows, self.trained, self.base_alone):
             cells = [_SHOWN[text.name][what](text) for text in row.texts for what in _SHOWN[text.name]]
             size = "" if row.megabytes is None else f"{row.megabytes:,.0f}"

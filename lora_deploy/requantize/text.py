@@ -109,6 +109,7 @@ def pick_text(
     data: Sequence[str | None],
     rows: int,
     *,
+    own: int | None = None,
     general: Path = GENERAL,
     taken: Mapping[str, int] | None = None,
 ) -> list[Text]:
@@ -121,6 +122,7 @@ def pick_text(
         given: A file to take in the place of the training data; None to look for that.
         data: Files of training data; those that are None or not there are left out.
         rows: Of all texts together.
+        own: How many of them from the training data; None for a quarter.
         general: The text that is shipped.
         taken: How many rows of each text to leave out (`rows_taken` of what an earlier call gave).
 
@@ -131,7 +133,7 @@ def pick_text(
     def load(name: str, file: Path, count: int) -> Text:
         return load_text(name, file, base, count, (taken or {}).get(str(file.resolve()), 0))
 
-    own = max(rows // 4, 1)
+    own = max(rows // 4, 1) if own is None else own
     if given is not None:
         return [load("task", given, own), load("general", general, max(rows - own, 1))]
     files = list(dict.fromkeys(Path(file) for file in data if file is not None and Path(file).is_file()))

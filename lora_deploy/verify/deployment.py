@@ -27,7 +27,7 @@ from lora_deploy.verify.texts import Logits, TextResult, compare_on_text
 
 __all__ = ["DeploymentResult", "held_out_texts", "measure_deployment"]
 
-_ROWS = 24  # of all texts together
+_ROWS, _OWN = 14, 8  # of all texts together, and of the task: answers are short
 _FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
 
 
@@ -52,7 +52,7 @@ def held_out_texts(
         return []
     taken: dict[str, int] = json.loads(read_metadata(directory).get("lora_deploy.calibration", "{}"))
     known = [file for file in training_data if file is not None and Path(file).is_file()]
-    return pick_text(base, data, known or list(taken), _ROWS, general=HELD_OUT, taken=taken)
+    return pick_text(base, data, known or list(taken), _ROWS, own=_OWN, general=HELD_OUT, taken=taken)
 
 
 def measure_deployment(

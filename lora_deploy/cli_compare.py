@@ -80,7 +80,9 @@ def export_comparison(context: typer.Context, adapters: Mapping[str, str | Path]
     for warning in found.warnings:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
     console.print(found.summary(), soft_wrap=True, markup=False)
-    console.print("speeds were measured one after the other: they say little if the machine did other work meanwhile")
+    if found.measured:
+        yardstick = found.measured[0].name
+        console.print(f"speed is a multiple of that of {yardstick}, in turns; tokens/s say little on a busy machine")
     console.print(f"numbers and picture are in {asked['output']}", soft_wrap=True, markup=False)
     if asked["as_json"]:
         print_json(found.model_dump())

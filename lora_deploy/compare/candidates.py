@@ -39,7 +39,7 @@ class Candidate:
 def default_candidates(
     method: str, provider: Literal["cpu", "cuda"] = "cpu", calibration: Path | None = None
 ) -> list[Candidate]:
-    """What is tried where nothing else is asked for.
+    """What is tried where nothing else is asked for; the first is small, for it stays open beside the others.
 
     Args:
         method: What the training base was: "none", "nf4", "fp4" or "int8".
@@ -47,12 +47,12 @@ def default_candidates(
         calibration: JSONL text that merged int8 and int4 weights are rounded for; None for the training data.
     """
     floats = _FLOATS[provider]
-    found = [_merged(precision) for precision in floats]
-    found += [
-        _rounded("int8", calibration),
+    found = [
         _rounded("int4", calibration),
         _rounded("int4", calibration, budget_bits=5.25),
         _rounded("int4", calibration, correction=16),
+        _rounded("int8", calibration),
+        *(_merged(precision) for precision in floats),
     ]
     if method == "none":
         return found + [_branch(precision, "--precision", precision) for precision in floats]

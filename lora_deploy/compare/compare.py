@@ -53,7 +53,8 @@ def compare_precisions(
     """Try the precisions on a model, an adapter and its data, so that the user can choose.
 
     Every candidate is exported without a parity check beside `output`, opened in onnxruntime, measured, and removed:
-    the disk holds one at a time, and the trained function's logits. `output` gets `comparison.json`, and
+    the disk holds one at a time, and the trained function's logits. Only the first stays open, for the speed of the
+    others is measured in turns with its own. `output` gets `comparison.json`, and
     `comparison.png` where matplotlib is installed.
 
     Args:
@@ -65,7 +66,7 @@ def compare_precisions(
         quantization: What the training base was: "none", "nf4", "fp4", "int8", or "auto".
         double_quant: Whether nf4 and fp4 were double-quantized.
         provider: "cpu", or "cuda" where onnxruntime has it here.
-        candidates: What to try; None for `default_candidates`.
+        candidates: What to try; None for `default_candidates`. The first that works is the yardstick of speed.
         overwrite: Replace an older comparison in `output`.
         on_progress: Is told what is being done, how much of it is done and of how much.
 
@@ -165,15 +166,16 @@ def _references(
     return trained, Row(name="base alone", texts=results), kept
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Bench:
-    """What candidates are measured with."""
+    """What candidates are measured with; the first that opens is the yardstick of the others' speed."""
 
     base: TrainingBase
     provider: Literal["cpu", "cuda"]
     texts: Sequence[Text]
     kept: KeptLogits
     on_progress: OnProgress
+    yardstick: OnnxSession | None = None
 
     def try_export(self, sharing: Sequence[Candidate], arguments: dict[str, Any]) -> tuple[list[Row], list[str]]:
         """A row of each candidate that shares an export, and what the export warned of."""
@@ -201,11 +203,14 @@ class _Bench:
         try:
             session = OnnxSession(directory, self.provider, candidate.weights)
             config = self.base.config
-            row.tokens_per_second = measure_speed(session, config.vocab_size, config.max_position_embeddings)
+            yardstick = self.yardstick or session
+            speed = measure_speed(session, yardstick, config.vocab_size, config.max_position_embeddings)
+            row.tokens_per_second, row.relative_speed = speed.tokens_per_second, speed.relative
             for done, text in enumerate(self.texts):
                 self.on_progress(candidate.name, 2 + done, self._steps)
                 row.texts.append(compare_on_text(text, self.kept, logits_of(session)))
             row.megabytes = megabytes
+            self.yardstick = yardstick
         except LoraDeployError as error:
             row = Row(name=candidate.name, weights=candidate.weights, error=str(error))
         self.on_progress(candidate.name, self._steps, self._steps)

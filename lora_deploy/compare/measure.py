@@ -6,8 +6,9 @@ import hashlib
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from lora_deploy.run.session import OnnxSession
 from lora_deploy.verify.reference import compute_logits
 from lora_deploy.verify.texts import Logits
 
-__all__ = ["KeptLogits", "choose_texts", "logits_of", "measure_speed"]
+__all__ = ["KeptLogits", "Speed", "choose_texts", "logits_of", "measure_speed"]
 
 _ROWS = 16  # of each text
 _PROMPT, _BURST, _BURSTS = 64, 8, 9
@@ -97,23 +98,43 @@ def logits_of(session: OnnxSession) -> Logits:
     return logits
 
 
-def measure_speed(session: OnnxSession, vocabulary: int, positions: int) -> float:
-    """Tokens a second of one row: the median of bursts of tokens, each always after the same prompt.
+@dataclass(frozen=True)
+class Speed:
+    """How fast an export decodes one row.
+
+    Attributes:
+        tokens_per_second: The median of its bursts; it says little where the machine did other work.
+        relative: To the yardstick, the median of the ratios of bursts beside each other.
+    """
+
+    tokens_per_second: float
+    relative: float
+
+
+def measure_speed(session: OnnxSession, yardstick: OnnxSession, vocabulary: int, positions: int) -> Speed:
+    """Bursts of tokens of an export and of another one in turns, each burst after the same prompt.
 
     Args:
         session: The open export.
+        yardstick: The one that it is compared with; may be the same.
         vocabulary: How many tokens there are.
         positions: How many the model can tell apart; the prompt is shorter where that is little.
     """
     prompt = min(_PROMPT, positions - 1)
     ids = (np.arange(10, 10 + prompt, dtype=np.int64) % vocabulary)[None]
-    _, cache = session.forward(ids, np.ones_like(ids))
     one, mask = ids[:, :1], np.ones((1, prompt + 1), np.int64)
-    seconds = []
-    for _ in range(_BURSTS):
-        session.forward(one, mask, cache)  # wakes its threads and its caches
+
+    def burst(of: OnnxSession, cache: Any) -> float:
+        of.forward(one, mask, cache)  # wakes its threads and its caches
         start = time.perf_counter()
         for _ in range(_BURST):
-            session.forward(one, mask, cache)
-        seconds.append((time.perf_counter() - start) / _BURST)
-    return 1 / statistics.median(seconds)
+            of.forward(one, mask, cache)
+        return (time.perf_counter() - start) / _BURST
+
+    caches = [of.forward(ids, np.ones_like(ids))[1] for of in (session, yardstick)]
+    seconds, ratios = [], []
+    for _ in range(_BURSTS):
+        own, other = burst(session, caches[0]), burst(yardstick, caches[1])
+        seconds.append(own)
+        ratios.append(other / own)
+    return Speed(1 / statistics.median(seconds), 1.0 if session is yardstick else statistics.median(ratios))

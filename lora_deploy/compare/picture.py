@@ -46,7 +46,7 @@ def draw_comparison(comparison: Comparison, file: Path) -> None:
     names = [row.name for row in rows]
     panels = (
         (left, "size on disk (MB)", [row.megabytes or 0.0 for row in rows]),
-        (right, f"speed (tokens/s, {comparison.provider}, after a prompt of 64)", [_speed(row) for row in rows]),
+        (right, f"speed on {comparison.provider}, as a multiple of {names[0]}", [_speed(row) for row in rows]),
     )
     for axes, heading, widths in panels:
         for number, (width, height, name) in enumerate(zip(widths, heights, names, strict=True)):
@@ -72,7 +72,7 @@ def draw_comparison(comparison: Comparison, file: Path) -> None:
 
 
 def _speed(row: Any) -> float:
-    return row.tokens_per_second or 0.0
+    return row.relative_speed or 0.0
 
 
 def _draw_scale(axes: Any, comparison: Comparison) -> None:

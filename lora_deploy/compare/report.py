@@ -28,6 +28,7 @@ class Row(BaseModel):
         weights: How its codes run: "stored", or "native" for `lora-deploy run --weights native`.
         megabytes: Graph and weights on disk, 10^6 bytes; None for what is no export.
         tokens_per_second: Of one row, after a prompt of 64 tokens; None for what is no export.
+        relative_speed: To that of the first row that could be measured; bursts of the two were taken in turns.
         texts: How it differs from the trained function on each text.
         error: Why it could not be exported or measured; None where it could.
     """
@@ -37,6 +38,7 @@ class Row(BaseModel):
     weights: str = "stored"
     megabytes: float | None = None
     tokens_per_second: float | None = None
+    relative_speed: float | None = None
     texts: list[TextResult] = []
     error: str | None = None
 
@@ -91,7 +93,7 @@ class Comparison(BaseModel):
             return {}
         orders: dict[str, Callable[[Row], float]] = {
             "smallest": lambda row: row.megabytes or math.inf,
-            "fastest": lambda row: -(row.tokens_per_second or 0),
+            "fastest": lambda row: -(row.relative_speed or 0),
             "most faithful": self.kl,
         }
         return {word: min(self.measured, key=order) for word, order in orders.items()}
@@ -126,14 +128,16 @@ class Comparison(BaseModel):
         table.add_column("", no_wrap=True)
         names = [text.name for text in self.trained.texts]
         columns = [f"{name} {what}" for name in names for what in _SHOWN[name]]
-        for heading in ("MB", "tokens/s", *columns):
+        for heading in ("MB", "tokens/s", "speed", *columns):
             table.add_column(heading, justify="right", min_width=7 if heading.endswith("KL") else None)
         for row in (*self.rows, self.trained, self.base_alone):
             cells = [_SHOWN[text.name][what](text) for text in row.texts for what in _SHOWN[text.name]]
             size = "" if row.megabytes is None else f"{row.megabytes:,.0f}"
-            speed = "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.1f}"
+            speeds = ["", ""]
+            if row.tokens_per_second is not None and row.relative_speed is not None:
+                speeds = [f"{row.tokens_per_second:,.1f}", f"{row.relative_speed:.2f} x"]
             style = "dim" if row in (self.trained, self.base_alone) else "red" if row.error else None
-            table.add_row(row.name, "failed" if row.error else size, speed, *cells, style=style)
+            table.add_row(row.name, "failed" if row.error else size, *speeds, *cells, style=style)
         return table
 
 

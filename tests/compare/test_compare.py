@@ -53,9 +53,12 @@ def test_every_row_is_complete_and_a_failure_is_a_row(compared: tuple[Comparison
         assert row.megabytes > 0
         assert row.tokens_per_second is not None
         assert row.tokens_per_second > 0
+        assert row.relative_speed is not None
+        assert row.relative_speed > 0
         assert row.texts
         assert "lora-deploy export" in row.command
     assert len(found.measured) == 3
+    assert found.rows[0].relative_speed == 1.0
 
 
 def test_what_keeps_more_is_nearer_and_the_base_alone_is_furthest(
@@ -96,7 +99,7 @@ def test_a_provider_that_is_not_here_is_refused(compared: tuple[Comparison, Path
 
 def test_what_is_tried_depends_on_the_base() -> None:
     names = {method: [one.name for one in default_candidates(method)] for method in ("none", "nf4", "int8")}
-    assert names["nf4"][:4] == ["merged fp32", "merged fp16", "merged int8", "merged int4"]
+    assert names["nf4"][:4] == ["merged int4", "merged int4, 5.25 bits", "merged int4, correction 16", "merged int8"]
     assert "branch nf4, int8 adapter" in names["nf4"]
     assert "branch fp32" in names["none"]
     assert not any("nf4" in name for name in (*names["none"], *names["int8"]))

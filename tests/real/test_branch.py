@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +33,33 @@ from tests.real.conftest import NEW_TOKENS, Trained, genai_tokens, run_command, 
 pytestmark = pytest.mark.real
 
 _RANKS = (4, 8, 16, 32, 64)
+# Some of these exports take over 1 GB of disk.
+_KEPT = 3
 Export = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
-def export(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """`export(*options, adapters={})`: an export of the base on NF4, made once, by the command line."""
+def export(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
+    """`export(*options, adapters={})`: an export of the base on NF4 by the command line; the last few are kept."""
     made: dict[object, Path] = {}
 
     def make(*options: str, adapters: Mapping[str, Path] | None = None) -> Path:
         named = {"trained": trained.adapter} if adapters is None else dict(adapters)
         key = (options, *sorted(named))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("branch") / "out"
+        directory = made.pop(key, None)
+        if directory is None:
+            while len(made) >= _KEPT:
+                shutil.rmtree(made.pop(next(iter(made))))
+            directory = tmp_path_factory.mktemp("branch") / "out"
             given = [part for name, place in named.items() for part in ("--adapter", f"{name}={place}")]
-            rest = ("--quantization", "nf4", "--output", made[key], "--quiet")
+            rest = ("--quantization", "nf4", "--output", directory, "--quiet")
             run_command("export", "--model", trained.base, *given, *options, *rest)
-        return made[key]
+        made[key] = directory
+        return directory
 
-    return make
+    yield make
+    for directory in made.values():
+        shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="module")

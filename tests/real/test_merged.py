@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ pytestmark = pytest.mark.real
 
 
 @pytest.fixture(scope="module")
-def exports(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def exports(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """The merged export in each precision that a CPU runs."""
     base, adapter, _ = trained
     outputs = {}
@@ -27,7 +29,9 @@ def exports(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[
         outputs[precision] = tmp_path_factory.mktemp("exports") / precision
         options = ("--precision", precision, "--output", outputs[precision], "--quiet")
         run_command("export", "--merge", "--model", base, "--adapter", adapter, *options)
-    return outputs
+    yield outputs
+    for directory in outputs.values():
+        shutil.rmtree(directory)
 
 
 def test_training_lowers_the_loss_and_records_its_base(trained: Trained) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ CALIBRATION = ("--calibration-rows", 24)
 
 
 @pytest.fixture(scope="module")
-def exports(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def exports(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     """Merged exports whose weights are rounded."""
     outputs = {}
     for name, options in {
@@ -30,7 +32,9 @@ def exports(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> dict[
         outputs[name] = tmp_path_factory.mktemp("exports") / "out"
         rest = ("--adapter", trained.adapter, "--output", outputs[name], "--quiet")
         run_command("export", "--merge", "--model", trained.base, *options, *rest)
-    return outputs
+    yield outputs
+    for directory in outputs.values():
+        shutil.rmtree(directory)
 
 
 def _report(export: Path) -> dict[str, Any]:

@@ -70,6 +70,13 @@ def export(
             "[default: 4 for merged weights on cpu, else 0]"
         ),
     ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option(
+            help="in-place: attention writes into the cache instead of copying it at every step (a CPU, in fp32). "
+            "[default: in-place for merged int8 or int4 on cpu, else growing]"
+        ),
+    ] = None,
     block_size: Annotated[int, typer.Option(help="With --merge: int8 or int4 weights that share a scale.")] = 32,
     head_precision: Annotated[
         str, typer.Option(help="With merged int8 or int4: of embedding and output head: int8, int4 or float.")
@@ -164,6 +171,7 @@ def export(
             compute_dtype=compute_dtype,
             expand=expand,
             accuracy_level=accuracy_level,
+            cache=cache,
             requantization=requantization,
             adapter_precision=adapter_precision,
             quantization=quantization,

@@ -45,6 +45,7 @@ class Recipe(BaseModel):
     compute_dtype: ComputeDtype | None = None
     expand: bool = False
     accuracy_level: Literal[0, 4] | None = None
+    cache: Literal["growing", "in-place"] | None = None
     block_size: Literal[16, 32, 64, 128, 256] = 32
     head_precision: Literal["int8", "int4", "float"] = "int8"
     keep: list[str] = []
@@ -83,6 +84,7 @@ class Recipe(BaseModel):
             "compute_dtype": self.compute_dtype,
             "expand": self.expand,
             "accuracy_level": self.accuracy_level,
+            "cache": self.cache,
             "requantization": requantization,
             "adapter_precision": self.adapter_precision,
             "quantization": self.quantization,

@@ -131,7 +131,7 @@ def measure_speed(session: OnnxSession, yardstick: OnnxSession, vocabulary: int,
             of.forward(one, mask, cache)
         return (time.perf_counter() - start) / _BURST
 
-    caches = [of.forward(ids, np.ones_like(ids))[1] for of in (session, yardstick)]
+    caches = [of.forward(ids, np.ones_like(ids), of.empty_cache(1, prompt + 1))[1] for of in (session, yardstick)]
     seconds, ratios = [], []
     for _ in range(_BURSTS):
         own, other = burst(session, caches[0]), burst(yardstick, caches[1])

@@ -74,6 +74,7 @@ def export_onnx(
     compute_dtype: str | None = None,
     expand: bool = False,
     accuracy_level: int | None = None,
+    cache: str | None = None,
     requantization: Requantization | None = None,
     adapter_precision: str | None = None,
     quantization: str = "auto",
@@ -100,6 +101,9 @@ def export_onnx(
         expand: Dequantize the codes by standard operators, which onnxruntime folds when it opens the model.
         accuracy_level: Of int8 and int4 products: 0 leaves activations as they are, 4 rounds them to int8. None for 4
             where merged weights become codes for a CPU, else 0.
+        cache: "in-place" to let the attention write into the cache instead of copying it at every step, "growing" for
+            a graph that takes new tokens in any number and at any position; None for in-place where merged weights
+            become codes for a CPU.
         requantization: How merged weights become int8 or int4; None for the defaults.
         adapter_precision: "int8" to store A and B of a fixed or hot-swap branch as int8 codes with a float32 scale for
             each block; None for floats of the type of the computation.
@@ -137,6 +141,7 @@ def export_onnx(
         compute_dtype=compute_dtype,
         expand=expand,
         accuracy_level=accuracy_level,
+        cache=cache,
         adapter_precision=adapter_precision,
         quantization=quantization,
         double_quant=double_quant,
@@ -288,6 +293,8 @@ def _provenance(plan: ExportPlan, data_sha256: str) -> dict[str, str]:
         "lora_deploy.data_sha256": data_sha256,
         "lora_deploy.versions": json.dumps({name: _version(name) for name in (*sources, "onnx-ir", "torch")}),
     }
+    if plan.lowered.graph.genai_config.get("search", {}).get("past_present_share_buffer"):
+        entries["lora_deploy.cache"] = "in place"
     if plan.adapters:
         described = {
             name: {

@@ -75,7 +75,7 @@ def build_graph(
     """Build the graph of a causal language model with a key-value cache.
 
     The graph is mobius' "default" one, with ONNX's own Attention operator, for every provider: the ones with
-    GroupQueryAttention compute wrong logits on left-padded batches.
+    GroupQueryAttention compute wrong logits on left-padded batches (`attention.py` makes one that does not).
 
     Args:
         config: The model's configuration, without quantization.

@@ -37,6 +37,7 @@ __all__ = [
     "check_requantization",
     "check_task",
     "choose_accuracy_level",
+    "choose_cache",
     "choose_types",
     "training_scheme",
 ]
@@ -186,6 +187,28 @@ def choose_accuracy_level(
             remedy="leave --accuracy-level out, or add --precision int8",
         )
     return level
+
+
+def choose_cache(
+    cache: str | None, precision: Precision, branch: BranchKind | None, provider: Provider, compute: ComputeDtype
+) -> bool:
+    """Whether attention writes into the cache: by default for merged codes on a CPU, which are taken for their speed.
+
+    Raises:
+        UsageError: There is no such cache, or no kernel for it.
+    """
+    if cache not in (None, "growing", "in-place"):
+        raise UsageError("there is no such cache", found=cache, expected="growing or in-place")
+    able = provider == "cpu" and compute == "fp32"
+    if cache is None:
+        return able and branch is None and precision in ("int8", "int4")
+    if cache == "in-place" and not able:
+        raise UsageError(
+            "a cache is written in place on a CPU, in fp32",
+            found=f"--cache in-place --provider {provider}, computing in {compute}",
+            remedy="leave --cache out",
+        )
+    return cache == "in-place"
 
 
 def check_requantization(

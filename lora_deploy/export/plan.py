@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
 from lora_deploy.adapter.packing import check_slots
 from lora_deploy.errors import AdapterError, CheckpointError, OutputError, UsageError
+from lora_deploy.export.attention import group_attention
 from lora_deploy.export.coded import CodedBase
 from lora_deploy.export.graph import Graph, build_graph
 from lora_deploy.export.lower import Branches, Lowered, lower_graph
@@ -30,6 +31,7 @@ from lora_deploy.export.options import (
     check_requantization,
     check_task,
     choose_accuracy_level,
+    choose_cache,
     choose_types,
     training_scheme,
 )
@@ -95,6 +97,7 @@ def plan_export(
     compute_dtype: str | None = None,
     expand: bool = False,
     accuracy_level: int | None = None,
+    cache: str | None = None,
     requantization: Requantization | None = None,
     adapter_precision: str | None = None,
     quantization: str = "auto",
@@ -115,6 +118,9 @@ def plan_export(
         expand: Dequantize the codes by standard operators, which onnxruntime folds when it opens the model.
         accuracy_level: Of int8 and int4 products: 0 leaves activations as they are, 4 rounds them to int8. None for 4
             where merged weights become codes for a CPU, else 0.
+        cache: "in-place" to let the attention write into the cache instead of copying it at every step, "growing" for
+            a graph that takes new tokens in any number and at any position; None for in-place where merged weights
+            become codes for a CPU.
         requantization: How merged weights become int8 or int4; None for the defaults.
         adapter_precision: "int8" to store A and B of a fixed or hot-swap branch as int8 codes with a float32 scale for
             each block; None for floats of the type of the computation.
@@ -162,6 +168,7 @@ def plan_export(
         _check_record(base, record, str(named[name]))
     weights, compute = choose_types(base, precision, compute_dtype, branch, provider, expand)
     level = choose_accuracy_level(accuracy_level, weights, branch, provider, expand)
+    in_place = choose_cache(cache, weights, branch, provider, compute)
     requantization = check_requantization(requantization, weights, branch)
     check_codes_run(weights, branch, provider, expand, requantization, base.task)
     dtype = _DTYPES[compute]
@@ -177,6 +184,8 @@ def plan_export(
     lowered = _prepare_graph(
         base, loras, branch, adapter_precision == "int8", coded_base, compute, provider, correction
     )
+    if in_place:
+        lowered = replace(lowered, graph=group_attention(lowered.graph, required=cache is not None))
     if branch in ("hot-swap", "pooled"):
         for lora in loras.values():
             check_slots(lowered.slots, lora)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,12 @@ from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import UsageError
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.sampling import Sampling
-from lora_deploy.run.session import OnnxSession, Weights
+from lora_deploy.run.session import OnnxSession, Weights, numpy_of
 from lora_deploy.run.tokenizer import load_tokenizer
 
 __all__ = ["OnnxModel"]
+
+_ROOM = 2048  # new tokens that a cache has room for from the beginning; a longer answer is copied at every step
 
 
 class OnnxModel:
@@ -203,11 +206,15 @@ class OnnxModel:
                     remedy="shorten the prompt",
                 )
             limits = np.minimum(limits, [self.context_length - len(row) + 1 for row in rows])
+            if len(rows) > 1 and self.session.writes_in_place and longest + limits.max() - 1 > self.context_length:
+                yield from self._decode_apart(rows, inputs, settings)
+                return
         self.tokens_per_second = None
         random = np.random.default_rng(settings.seed)
         new, mask = _pad_left(rows, longest)
         alive = np.ones(len(rows), bool)
-        cache, started, decoded = None, 0.0, 0
+        cache = self.session.empty_cache(len(rows), room=longest + min(int(limits.max()), _ROOM))
+        started, decoded = 0.0, 0
         for step in range(int(limits.max())):
             logits, cache = self.session.forward(new, mask, cache, inputs)
             if step == 0:
@@ -223,6 +230,18 @@ class OnnxModel:
                 return
             new = np.array([[token or 0] for token in tokens], np.int64)
             mask = np.concatenate([mask, alive.astype(np.int64)[:, None]], axis=1)
+
+    def _decode_apart(
+        self, rows: list[list[int]], inputs: Mapping[str, Any], settings: Sampling
+    ) -> Iterator[list[int | None]]:
+        """Each row by itself: in place, a row and its padding together may not be longer than the model's context."""
+        ids = numpy_of(inputs["adapter_ids"]) if "adapter_ids" in inputs else np.zeros(0)
+        runs = []
+        for number, row in enumerate(rows):
+            own = {"adapter_ids": self.session.upload(ids[number : number + 1])} if len(ids) == len(rows) else {}
+            runs.append(self._decode([row], {**inputs, **own}, settings))
+        for step in zip_longest(*runs):
+            yield [tokens[0] if tokens else None for tokens in step]
 
     def stream(
         self, prompt: str, *, chat_template: bool = True, system: str | None = None, **options: Any

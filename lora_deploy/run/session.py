@@ -69,6 +69,7 @@ class OnnxSession:
         has_token_type_ids: Whether the graph tells two texts of a pair apart.
         optional_inputs: onnxruntime's types of the inputs that may be left out, by name.
         manifest: What the graph says of itself; None where lora-deploy did not make it.
+        writes_in_place: Whether the graph can write new tokens into a cache that has room for them.
 
     Raises:
         CheckpointError: There is no model, or onnxruntime cannot open it.
@@ -123,6 +124,7 @@ class OnnxSession:
         self.has_position_ids = any(node.name == "position_ids" for node in inputs)
         self.has_token_type_ids = any(node.name == "token_type_ids" for node in inputs)
         self.optional_inputs = {node.name: node.type for node in self.session.get_overridable_initializers()}
+        self.writes_in_place = metadata.get("lora_deploy.cache") == "in place"
         self._past = [node for node in inputs if node.name.startswith("past_key_values.")]
         self._outputs = [node.name for node in self.session.get_outputs()]
 
@@ -143,11 +145,17 @@ class OnnxSession:
             self._weights.release(session)
         return session
 
-    def empty_cache(self, batch: int) -> Cache:
-        """A cache of length 0 for a batch."""
+    def empty_cache(self, batch: int, room: int = 0) -> Cache:
+        """A cache without tokens for a batch.
+
+        Args:
+            batch: Rows.
+            room: Tokens a row. Up to so many are written into this cache, where the graph `writes_in_place`, instead
+                of into a copy of it at every step; whoever needs an older state of it must begin anew.
+        """
         cache = {}
         for node in self._past:
-            shape = [size if isinstance(size, int) else 0 for size in node.shape]
+            shape = [size if isinstance(size, int) else room * self.writes_in_place for size in node.shape]
             shape[0] = batch
             if node.type == "tensor(bfloat16)":
                 cache[node.name] = host_ortvalue(np.zeros(shape, numpy_dtype("bf16")))
@@ -181,7 +189,7 @@ class OnnxSession:
         Args:
             input_ids: (batch, new).
             attention_mask: (batch, past + new), 1 for tokens and 0 for padding on either side.
-            cache: What the last call returned; None to begin.
+            cache: What the last call returned; None to begin, or an empty one with room.
             adapter: Optional inputs: A and B of the slots, or the adapters' ids of a pooled graph, uploaded. They are
                 bound as inputs, for onnxruntime ignores the active adapters of a run that has bindings.
             token_type_ids: (batch, new), which text of a pair each token is of, where the graph asks for it; None for
@@ -203,12 +211,24 @@ class OnnxSession:
         binding = self.session.io_binding()
         for name, value in {**feeds, **(adapter or {})}.items():
             binding.bind_ortvalue_input(name, value)
+        in_place = self.writes_in_place and cache is not None and _room(cache) >= attention_mask.shape[1]
         for name in self._outputs:
-            binding.bind_output(name, "cpu" if name == "logits" else self.provider)
+            if in_place and name != "logits":
+                binding.bind_ortvalue_output(name, feeds[name.replace("present.", "past_key_values.", 1)])
+            else:
+                binding.bind_output(name, "cpu" if name == "logits" else self.provider)
         self.session.run_with_iobinding(binding)
         outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        present = {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
-        return numpy_of(present.pop("logits")).astype(np.float32, copy=False), present
+        logits = numpy_of(outputs.pop("logits")).astype(np.float32, copy=False)
+        if in_place:  # the OrtValues given: only they keep the memory
+            assert cache is not None
+            return logits, cache
+        return logits, {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
+
+
+def _room(cache: Cache) -> int:
+    """Tokens a row that a cache can hold."""
+    return int(next(iter(cache.values())).shape()[2]) if cache else 0
 
 
 def host_ortvalue(array: NDArray[Any]) -> Any:

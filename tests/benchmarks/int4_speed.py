@@ -1,11 +1,11 @@
-"""Tokens a second of a merged int4 export beside onnxruntime-genai's own builder, both in onnxruntime-genai.
+"""Tokens a second of a merged int4 export beside onnxruntime-genai's own builder's, in onnxruntime-genai and in `run`.
 
     python -m tests.benchmarks.int4_speed [--model DIR] [--prompt 128] [--bursts 30]
 
 The builder converts SmolLM2-135M-Instruct to int4 as its users do; `lora-deploy` exports the same weights with the
-output head in int4, as the builder's, and in int8, as it is by default. The three generate in turns, a burst of tokens
-each, and what is printed is the quartiles of the ratios of bursts beside each other. No adapter is merged, and rounding
-is to nearest: neither changes the graph.
+output head in int4, as the builder's, and in int8, as it is by default. All generate in turns, a burst of tokens each,
+and what is printed is the quartiles of the ratios of bursts beside each other. No adapter is merged, and rounding is to
+nearest: neither changes the graph.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 from lora_deploy.demo.model import fetch_smollm2
 from lora_deploy.export import export_onnx
 from lora_deploy.requantize import Requantization
+from lora_deploy.run import OnnxModel
 from lora_deploy.terminal import make_console
 
 _BURST = 16  # tokens
@@ -52,18 +54,27 @@ def main() -> None:
 
 
 def compare(models: dict[str, Path], prompt: int, bursts: int, restarts: int) -> dict[str, object]:
-    """Median tokens a second of each, and how many times the first's the others' are."""
+    """Median tokens a second of each, and how many times the first's the others' are.
+
+    Args:
+        models: What onnxruntime-genai opens; all but the first are opened by `OnnxModel` too.
+        prompt: Tokens before the first burst.
+        bursts: Of each, each time.
+        restarts: How often all are opened.
+    """
     first = next(iter(models))
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    seconds: dict[str, list[float]] = defaultdict(list)
     for _ in range(restarts):
         steps = {name: generator(directory, prompt, bursts) for name, directory in models.items()}
+        ours = [name for name in models if name != first]
+        steps |= {f"{name}, run": runner(models[name], prompt, bursts) for name in ours}
         for _ in range(bursts):
             for name, step in steps.items():
                 seconds[name].append(step())
     found: dict[str, object] = {
         "tokens_per_second": {k: round(1 / statistics.median(v), 1) for k, v in seconds.items()}
     }
-    for name in list(models)[1:]:
+    for name in list(seconds)[1:]:
         ratios = [base / own for base, own in zip(seconds[first], seconds[name], strict=True)]
         found[f"{name} / {first}"] = [round(value, 3) for value in statistics.quantiles(ratios, n=4)]
     return found
@@ -85,6 +96,23 @@ def generator(directory: Path, prompt: int, bursts: int) -> Callable[[], float]:
         start = time.perf_counter()
         for _ in range(_BURST):
             generating.generate_next_token()
+        return (time.perf_counter() - start) / _BURST
+
+    return burst
+
+
+def runner(directory: Path, prompt: int, bursts: int) -> Callable[[], float]:
+    """The same in `OnnxModel`, the loop behind `lora-deploy run`."""
+    model = OnnxModel(directory)
+    model.eos_token_ids = set()
+    tokens = model.generate_tokens([10 + i for i in range(prompt)], max_new_tokens=(bursts + 1) * (_BURST + 1))
+    next(tokens)
+
+    def burst() -> float:
+        next(tokens)
+        start = time.perf_counter()
+        for _ in range(_BURST):
+            next(tokens)
         return (time.perf_counter() - start) / _BURST
 
     return burst

@@ -67,8 +67,8 @@ def talking_export(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tu
 
 @pytest.fixture(scope="session")
 def talking_branch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`talking_branch(branch)`: a Llama with a tokenizer and the adapters "a" and "b", made once. Do not change it."""
-    made: dict[str, Path] = {}
+    """`talking_branch(branch, cache)`: a Llama with a tokenizer, adapters "a" and "b", made once; not to be changed."""
+    made: dict[tuple[str, str], Path] = {}
     root = tmp_path_factory.mktemp("branch-talks")
     base = save_tiny("llama", "none", root / "base", vocab_size=260)
     byte_tokenizer().save_pretrained(base)
@@ -76,11 +76,12 @@ def talking_branch(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
     for seed, directory in enumerate(adapters.values(), start=1):
         write_adapter(random_adapter(tiny_model("llama", vocab_size=260), r=4 * seed, seed=seed), Path(directory))
 
-    def make(branch: str = "hot-swap") -> Path:
-        if branch not in made:
-            options = {"merge": False, "branch": branch, "quantization": "nf4", "verify": False}
-            made[branch] = export_onnx(base, adapters, output=root / branch, **options).output  # type: ignore[arg-type]
-        return made[branch]
+    def make(branch: str = "hot-swap", cache: str = "growing") -> Path:
+        if (branch, cache) not in made:
+            options = {"merge": False, "branch": branch, "quantization": "nf4", "verify": False, "cache": cache}
+            output = root / f"{branch}-{cache}"
+            made[branch, cache] = export_onnx(base, adapters, output=output, **options).output  # type: ignore[arg-type]
+        return made[branch, cache]
 
     return make
 

@@ -68,9 +68,10 @@ def _choices(model: OnnxModel, adapters: Sequence[str | None]) -> list[str]:
     return answers
 
 
+@pytest.mark.parametrize("cache", ["growing", "in-place"])
 @pytest.mark.parametrize("adapters", [["a", "b", None, "a"], [None] * 4, ["b"] * 4], ids=str)
-def test_a_mixed_batch_is_separate_runs(adapters: list[str | None], talking_branch: Branch) -> None:
-    pooled, swapped = OnnxModel(talking_branch("pooled")), OnnxModel(talking_branch())
+def test_a_mixed_batch_is_separate_runs(adapters: list[str | None], cache: str, talking_branch: Branch) -> None:
+    pooled, swapped = OnnxModel(talking_branch("pooled", cache)), OnnxModel(talking_branch("hot-swap", cache))
     found = pooled.generate_batch(PROMPTS, adapters, max_new_tokens=16)
     assert found == _choices(pooled, adapters)
     assert found == _choices(swapped, adapters)
@@ -120,9 +121,10 @@ def test_nothing_to_answer_is_an_error_of_usage(branch: str, talking_branch: Bra
         model.generate_batch(["Hi"], max_new_tokens=0)
 
 
-def test_each_row_ends_with_its_own_context(talking_branch: Branch) -> None:
+@pytest.mark.parametrize("cache", ["growing", "in-place"])
+def test_each_row_ends_with_its_own_context(cache: str, talking_branch: Branch) -> None:
     """A long prompt beside it does not cut a short one's answer."""
-    model = OnnxModel(talking_branch())
+    model = OnnxModel(talking_branch("hot-swap", cache))
     model.eos_token_ids = set()
     rows = ["a" * 120, "bc"]
     found = model.generate_batch(rows, max_new_tokens=40, chat_template=False)
@@ -134,6 +136,22 @@ def test_each_row_ends_with_its_own_context(talking_branch: Branch) -> None:
     assert lengths == [9, 40]
     with pytest.raises(UsageError, match="longer than the model's context"):
         model.generate_batch(["Hi", "a" * 129], chat_template=False)
+
+
+@pytest.mark.parametrize("cache", ["growing", "in-place"])
+def test_rows_of_a_pool_keep_their_adapters_near_the_end_of_the_context(cache: str, talking_branch: Branch) -> None:
+    pooled, swapped = OnnxModel(talking_branch("pooled", cache)), OnnxModel(talking_branch())
+    rows, adapters = ["a" * 120, "bc", "bc", "bc"], ["a", "b", None, "a"]
+    pooled.eos_token_ids = swapped.eos_token_ids = set()
+    found = pooled.generate_batch(rows, adapters, max_new_tokens=20, chat_template=False)
+    for prompt, name, answer in zip(rows, adapters, found, strict=True):
+        swapped.set_adapter(name)
+        assert answer == swapped.generate(prompt, max_new_tokens=20, chat_template=False)
+    assert len(set(found)) == 4
+    pooled.set_adapter("b")  # one id for all rows
+    swapped.set_adapter("b")
+    found = pooled.generate_batch(rows[:2], max_new_tokens=20, chat_template=False)
+    assert found == [swapped.generate(row, max_new_tokens=20, chat_template=False) for row in rows[:2]]
 
 
 def test_sampling_a_batch_is_repeatable_with_a_seed(talking_branch: Branch) -> None:

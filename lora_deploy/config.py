@@ -59,6 +59,8 @@ class LoraConfig(BaseModel):
         use_rslora: Scale by lora_alpha / sqrt(r) (https://arxiv.org/abs/2312.03732).
         rank_pattern: Ranks of single modules: a regular expression for the end of the name -> r.
         alpha_pattern: The same for lora_alpha.
+        use_dora: Train the length of each row of the weight apart from its direction (https://arxiv.org/abs/2402.09353).
+        lora_bias: `B` has a bias of its own, scaled as the rest of the update.
     """
 
     model_config = ConfigDict(extra="allow", validate_assignment=True, allow_inf_nan=False)
@@ -78,6 +80,8 @@ class LoraConfig(BaseModel):
     use_rslora: bool = False
     rank_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    use_dora: bool = False
+    lora_bias: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None
     task_type: str | None = "CAUSAL_LM"
@@ -106,6 +110,17 @@ class LoraConfig(BaseModel):
             )
         values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
         return {key: value for key, value in values.items() if key in cls.model_fields or key in _CARRIED}
+
+    @model_validator(mode="after")
+    def _refuse_both(self) -> LoraConfig:
+        if self.use_dora and self.lora_bias:
+            raise ConfigError(
+                "DoRA and a bias of B do not go together, in PEFT neither",
+                tensor="lora_bias",
+                found="use_dora and lora_bias",
+                expected="one of them",
+            )
+        return self
 
     @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
     @classmethod

@@ -21,11 +21,15 @@ class LoraUpdate:
         A: (r, in).
         B: (out, r).
         scaling: The factor on B @ A.
+        magnitude: DoRA's length of each row of the merged weight, (out,); None for plain LoRA.
+        bias: That of B, (out,), before scaling; None where it has none.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     scaling: float
+    magnitude: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -35,6 +39,52 @@ class LoraUpdate:
     def delta_weight(self) -> torch.Tensor:
         """scaling * B @ A in float32, (out, in)."""
         return (self.B.float() * self.scaling) @ self.A.float()
+
+    def merge_into(self, base: torch.Tensor) -> torch.Tensor:
+        """The merged weight: base + scaling * B @ A, and with DoRA each row brought to its magnitude.
+
+        Args:
+            base: float32 (out, in); is overwritten.
+
+        Returns:
+            float32 (out, in).
+        """
+        base.addmm_(self.B.float() * self.scaling, self.A.float())
+        return base if self.magnitude is None else base.mul_(self._ratio(base)[:, None])
+
+    def change_of(self, base: torch.Tensor) -> torch.Tensor:
+        """The merged weight less the base's, float32 (out, in)."""
+        if self.magnitude is None:
+            return self.delta_weight()
+        return self.merge_into(base.to(torch.float32, copy=True)).sub_(base)
+
+    def row_scale(self, base: torch.Tensor) -> torch.Tensor | None:
+        """DoRA's factor on each output of base and branch together, magnitude / |row of base + scaling * B @ A|.
+
+        Args:
+            base: float32 (out, in); is overwritten.
+
+        Returns:
+            float32 (out,); None for plain LoRA.
+        """
+        if self.magnitude is None:
+            return None
+        return self._ratio(base.addmm_(self.B.float() * self.scaling, self.A.float()))
+
+    def _ratio(self, merged: torch.Tensor) -> torch.Tensor:
+        assert self.magnitude is not None
+        norms: torch.Tensor = torch.linalg.vector_norm(merged, dim=1)
+        return self.magnitude.float() / norms
+
+    def scaled_bias(self) -> torch.Tensor | None:
+        """What B's bias adds to the output, float32 (out,); None where it has none."""
+        return None if self.bias is None else self.bias.float() * self.scaling
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What is trained, by PEFT's endings of the names."""
+        named = {"lora_A.weight": self.A, "lora_B.weight": self.B, "lora_B.bias": self.bias}
+        named["lora_magnitude_vector"] = self.magnitude
+        return {name: values for name, values in named.items() if values is not None}
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +104,7 @@ class LoraAdapter:
     source: str = "the adapter"
 
     def delta_weight(self, target: str) -> torch.Tensor:
-        """The change of one layer's weight, float32 (out, in)."""
+        """scaling * B @ A of one layer, float32 (out, in): with DoRA not all of what changes in its weight."""
         return self.updates[target].delta_weight()
 
     def check_against(self, shapes: Mapping[str, tuple[int, ...]], linears: Mapping[str, tuple[int, int]]) -> None:

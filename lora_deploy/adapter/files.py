@@ -26,7 +26,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # torch.compile and FSDP wrap modules and leave their names in the keys.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module)\.")
-_LORA_KEY = re.compile(r"(?P<target>.+)\.lora_(?P<side>[AB])\.weight")
+_LORA_KEY = re.compile(r"(?P<target>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector)(\.weight)?")
 
 
 def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
@@ -61,7 +61,7 @@ def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
             remedy="load it with PEFT where you trust it, and save it again with save_pretrained()",
         )
     config = LoraConfig.load(directory)
-    halves: dict[str, dict[str, _Half]] = {}
+    parts: dict[str, dict[str, _Part]] = {}
     parameters: dict[str, torch.Tensor] = {}
     for key, tensor in _read_tensors(file):
         name = _WRAPPERS.sub("", key)
@@ -75,27 +75,27 @@ def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
         name = name.removeprefix(_PREFIX)
         match = _LORA_KEY.fullmatch(name)
         if match:
-            halves.setdefault(match["target"], {})[match["side"]] = _Half(key, tuple(tensor.shape))
+            parts.setdefault(match["target"], {})[match["part"]] = _Part(key, tuple(tensor.shape))
         elif ".lora_" in name:
             raise AdapterError(
                 "the adapter holds a kind of tensor that lora-deploy does not support",
                 file=file,
                 tensor=key,
-                expected="lora_A.weight and lora_B.weight of linear layers",
+                expected="lora_A.weight, lora_B.weight, lora_B.bias and lora_magnitude_vector of linear layers",
             )
         else:
             parameters[name.replace(".base_layer.", ".")] = tensor
-    for target, sides in halves.items():
-        _check_pair(file, target, sides, config.rank(target))
-    if not halves:
+    for target, found in parts.items():
+        _check_parts(file, target, found, config)
+    if not parts:
         raise AdapterError("the adapter updates nothing", file=file, expected="lora_A and lora_B tensors")
-    _check_parameters(file, config, set(halves), parameters)
-    updates = _StoredUpdates(file, halves, config)
+    _check_parameters(file, config, set(parts), parameters)
+    updates = _StoredUpdates(file, parts, config)
     return LoraAdapter(config, updates if lazy else dict(updates), parameters, str(directory))
 
 
-class _Half(NamedTuple):
-    """A or B of a layer: its key in the file, and its shape."""
+class _Part(NamedTuple):
+    """A, B, or what else a layer's update has: its key in the file, and its shape."""
 
     key: str
     shape: tuple[int, ...]
@@ -104,23 +104,28 @@ class _Half(NamedTuple):
 class _StoredUpdates(Mapping[str, LoraUpdate]):
     """The updates of a file, each read when it is asked for."""
 
-    def __init__(self, file: Path, halves: dict[str, dict[str, _Half]], config: LoraConfig) -> None:
-        self._file, self._halves, self._config = file, halves, config
+    def __init__(self, file: Path, parts: dict[str, dict[str, _Part]], config: LoraConfig) -> None:
+        self._file, self._parts, self._config = file, parts, config
 
     def __getitem__(self, target: str) -> LoraUpdate:
-        sides = self._halves[target]
         with safe_open(self._file, framework="pt") as opened:
-            a, b = opened.get_tensor(sides["A"].key), opened.get_tensor(sides["B"].key)
-        return LoraUpdate(a, b, self._config.scaling(target))
+            read = {name: opened.get_tensor(part.key) for name, part in self._parts[target].items()}
+        return LoraUpdate(
+            read["lora_A.weight"],
+            read["lora_B.weight"],
+            self._config.scaling(target),
+            read.get("lora_magnitude_vector"),
+            read.get("lora_B.bias"),
+        )
 
     def __contains__(self, target: object) -> bool:
-        return target in self._halves
+        return target in self._parts
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._halves)
+        return iter(self._parts)
 
     def __len__(self) -> int:
-        return len(self._halves)
+        return len(self._parts)
 
 
 def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -150,16 +155,20 @@ def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         ) from error
 
 
-def _check_pair(file: Path, target: str, sides: dict[str, _Half], rank: int) -> None:
-    if len(sides) < 2:
+def _check_parts(file: Path, target: str, parts: dict[str, _Part], config: LoraConfig) -> None:
+    """Make sure that an update has what the configuration says of it, no less and no more."""
+    wanted = {"lora_A.weight", "lora_B.weight"}
+    wanted |= {"lora_magnitude_vector"} if config.use_dora else set()
+    wanted |= {"lora_B.bias"} if config.lora_bias else set()
+    if parts.keys() != wanted:
         raise AdapterError(
-            "a layer of the adapter has only one half of its update",
+            "a layer of the adapter has another update than its configuration says",
             file=file,
             tensor=target,
-            found=f"lora_{next(iter(sides))}",
-            expected="lora_A and lora_B",
+            found=", ".join(sorted(parts)),
+            expected=", ".join(sorted(wanted)),
         )
-    a, b = sides["A"].shape, sides["B"].shape
+    rank, a, b = config.rank(target), parts["lora_A.weight"].shape, parts["lora_B.weight"].shape
     if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
         raise AdapterError(
             "an update does not have the rank that the configuration gives it",
@@ -168,6 +177,15 @@ def _check_pair(file: Path, target: str, sides: dict[str, _Half], rank: int) -> 
             found=f"A {a}, B {b}",
             expected=f"A ({rank}, in), B (out, {rank})",
         )
+    for name in wanted - {"lora_A.weight", "lora_B.weight"}:
+        if parts[name].shape != b[:1]:
+            raise AdapterError(
+                "a vector of an update has another length than the layer has outputs",
+                file=file,
+                tensor=parts[name].key,
+                found=parts[name].shape,
+                expected=b[:1],
+            )
 
 
 def _check_parameters(file: Path, config: LoraConfig, targets: set[str], parameters: dict[str, torch.Tensor]) -> None:
@@ -205,8 +223,7 @@ def write_adapter(adapter: LoraAdapter, directory: str | Path) -> None:
     directory = Path(directory)
     tensors: dict[str, torch.Tensor] = {}
     for target, update in adapter.updates.items():
-        tensors[f"{_PREFIX}{target}.lora_A.weight"] = update.A.contiguous()
-        tensors[f"{_PREFIX}{target}.lora_B.weight"] = update.B.contiguous()
+        tensors |= {f"{_PREFIX}{target}.{name}": values.contiguous() for name, values in update.tensors().items()}
     for name, values in adapter.parameters.items():
         module, _, last = name.rpartition(".")
         if module in adapter.updates:

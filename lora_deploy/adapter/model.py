@@ -27,7 +27,13 @@ def adapter_of(model: nn.Module) -> LoraAdapter:
     """
     config = get_lora_config(model)
     updates = {
-        name: LoraUpdate(_copy(layer.lora_A.weight), _copy(layer.lora_B.weight), layer.scaling)
+        name: LoraUpdate(
+            _copy(layer.lora_A.weight),
+            _copy(layer.lora_B.weight),
+            layer.scaling,
+            None if layer.lora_magnitude_vector is None else _copy(layer.lora_magnitude_vector),
+            None if layer.lora_B.bias is None else _copy(layer.lora_B.bias),
+        )
         for name, layer in lora_layers(model).items()
     }
     saved = set(saved_modules(model, config))
@@ -50,7 +56,7 @@ def _plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if ".lora_A." not in name and ".lora_B." not in name
+        if ".lora_A." not in name and ".lora_B." not in name and not name.endswith(".lora_magnitude_vector")
     }
 
 
@@ -85,8 +91,8 @@ def apply_adapter(model: nn.Module, adapter: LoraAdapter) -> nn.Module:
     parameters = _plain_parameters(model)
     with torch.no_grad():
         for name, update in adapter.updates.items():
-            layers[name].lora_A.weight.copy_(update.A)
-            layers[name].lora_B.weight.copy_(update.B)
+            for ending, values in update.tensors().items():
+                layers[name].get_parameter(ending).copy_(values)
             layers[name].scaling = update.scaling
             if layers[name].merged:
                 layers[name].unmerge()
@@ -99,7 +105,7 @@ def apply_adapter(model: nn.Module, adapter: LoraAdapter) -> nn.Module:
 def _check_same_kind(model: nn.Module, adapter: LoraAdapter) -> None:
     """Make sure that an adapter can take the place of the one that the model has (copying would broadcast)."""
     config = get_lora_config(model)
-    for field in ("bias", "modules_to_save"):
+    for field in ("bias", "modules_to_save", "use_dora", "lora_bias"):
         found, expected = getattr(adapter.config, field), getattr(config, field)
         if (found or None) != (expected or None):
             raise AdapterError(

@@ -178,7 +178,9 @@ def deployed_adapter(adapter: LoraAdapter, slots: Iterable[Slot]) -> LoraAdapter
                 continue
             start, end = end, end + adapter.updates[module].A.shape[0]
             if module not in rounded:  # a layer may have its outputs in several slots
-                updates[module] = LoraUpdate(a[:, start:end].t(), torch.zeros(adapter.updates[module].B.shape), 1.0)
+                own = adapter.updates[module]
+                zeros = torch.zeros(own.B.shape)
+                updates[module] = LoraUpdate(a[:, start:end].t(), zeros, 1.0, own.magnitude, own.scaled_bias())
                 rounded.add(module)
             for columns, rows in slot.places(module):
                 updates[module].B[rows] = b[start:end, columns].t()
@@ -215,7 +217,8 @@ def check_slots(slots: Iterable[Slot], adapter: LoraAdapter) -> None:
     """Make sure that a graph has a place for all that an adapter changes.
 
     Raises:
-        AdapterError: It trains parameters whole, or updates a layer without a slot, or of another shape.
+        AdapterError: It trains parameters whole, is a DoRA or has biases of B, or updates a layer without a slot, or of
+            another shape.
     """
     if adapter.parameters:
         raise AdapterError(
@@ -225,6 +228,16 @@ def check_slots(slots: Iterable[Slot], adapter: LoraAdapter) -> None:
             expected="updates of linear layers only",
             remedy="export it alone, with --branch --fixed or --merge",
         )
+    for setting in ("use_dora", "lora_bias"):
+        if getattr(adapter.config, setting):
+            raise AdapterError(
+                "the adapter changes more of a layer than A and B, which a graph with slots has no place for",
+                file=adapter.source,
+                tensor=setting,
+                found=True,
+                expected="A and B only",
+                remedy="export it alone, with --branch --fixed or --merge",
+            )
     places: dict[str, tuple[int, int]] = {}
     for slot in slots:
         for module in slot.modules:

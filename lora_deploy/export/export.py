@@ -18,6 +18,7 @@ from onnx_ir import tensor_adapters
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from lora_deploy.adapter import LoraAdapter
+from lora_deploy.adapter.packing import deployed_adapter
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import OutputError, UsageError
 from lora_deploy.export.branch import add_slot_inputs, stream_branches
@@ -25,6 +26,7 @@ from lora_deploy.export.coded import stream_codes
 from lora_deploy.export.graph import WeightSource
 from lora_deploy.export.merge import MergedParameters, hash_adapter
 from lora_deploy.export.onnx_adapter import write_onnx_adapter
+from lora_deploy.export.outputs import stream_output_changes
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.requantized import RoundedWeights, stream_rounded
 from lora_deploy.export.weights import stream_weights
@@ -235,6 +237,9 @@ def _stream(
         yield from stream_rounded(graph, lowered.coded, plan.base, rounded)
         if rounded.updates:
             yield from stream_branches(lowered.slots, [rounded.correction()], plan.compute_dtype)
+    if lowered.changes:
+        built_in = deployed_adapter(next(iter(plan.adapters.values())), lowered.slots if plan.branch else ())
+        yield from stream_output_changes(graph, lowered.changes, built_in, MergedParameters(plan.base, None))
     if plan.branch in ("fixed", "pooled"):
         yield from stream_branches(lowered.slots, list(plan.adapters.values()), plan.compute_dtype)
     yield from _large_constants(graph)

@@ -166,7 +166,7 @@ def _describe_directory(path: Path) -> AdapterDescription:
         file=str(path),
         bytes=(path / WEIGHTS_NAME).stat().st_size,
         base=base or "not recorded",
-        parameters=sum(update.A.numel() + update.B.numel() for update in adapter.updates.values()),
+        parameters=sum(values.numel() for update in adapter.updates.values() for values in update.tensors().values()),
         updates=[_describe(name, update.A, update.B, update.scaling) for name, update in adapter.updates.items()],
         whole=sorted(adapter.parameters),
     )

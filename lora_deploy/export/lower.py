@@ -15,6 +15,7 @@ from lora_deploy.adapter.packing import packed_rank, slot_strips
 from lora_deploy.export.branch import AdapterChoice, add_branch, make_slot
 from lora_deploy.export.coded import CodedBase
 from lora_deploy.export.graph import Graph, WeightSource
+from lora_deploy.export.outputs import OutputChange, OutputChanges
 from lora_deploy.export.requantized import RequantizedBase, lower_embedding
 from lora_deploy.export.sites import (
     LinearSite,
@@ -56,20 +57,25 @@ class Lowered:
         graph: The graph, still without weights, and the sources of those that are dense.
         coded: The products whose weight stays as codes.
         slots: The places of adapters.
+        changes: What else adapters do to the outputs of layers.
     """
 
     graph: Graph
     coded: tuple[CodedWeight, ...] = ()
     slots: tuple[Slot, ...] = ()
+    changes: tuple[OutputChange, ...] = ()
 
 
-def lower_graph(graph: Graph, coded_base: CodedBase | None, branches: Branches | None) -> Lowered:
+def lower_graph(
+    graph: Graph, coded_base: CodedBase | None, branches: Branches | None, outputs: OutputChanges | None = None
+) -> Lowered:
     """Lower every site of a graph, in place.
 
     Args:
         graph: From `build_graph`.
         coded_base: How the base's codes get into the graph; None where every weight is dense.
         branches: None where adapters are merged, or there is none.
+        outputs: What an adapter that is merged or built in does to outputs; None where there is none.
     """
     model = graph.model
     if _dtype_of(model) != ir.DataType.BFLOAT16:
@@ -97,6 +103,8 @@ def lower_graph(graph: Graph, coded_base: CodedBase | None, branches: Branches |
                     rank = max(packed_rank(slot, adapter) for adapter in branches.adapters)
                     strips = slot_strips(slot, branches.adapters[0]) if branches.int8 else []
                 product = add_branch(model, site, slot, product, rank, choice=choice, strips=strips)
+        if outputs is not None:
+            product = outputs.add(model, site, product)
         replace_site(model, site, product)
     if isinstance(coded_base, RequantizedBase):
         coded += lower_embedding(model, coded_base, sources, coded)
@@ -105,7 +113,10 @@ def lower_graph(graph: Graph, coded_base: CodedBase | None, branches: Branches |
     model.graph.opset_imports.setdefault("com.microsoft", 1)
     left = {name: source for name, source in sources.items() if name in model.graph.initializers}
     return Lowered(
-        Graph(model, left, graph.genai_config), tuple(_name_output(model, one) for one in coded), tuple(slots)
+        Graph(model, left, graph.genai_config),
+        tuple(_name_output(model, one) for one in coded),
+        tuple(slots),
+        tuple(outputs.made) if outputs is not None else (),
     )
 
 

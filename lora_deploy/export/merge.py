@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lora_deploy.adapter import LoraAdapter, LoraUpdate
+from lora_deploy.adapter import LoraAdapter
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.quantization.scheme import QuantizationScheme
@@ -55,7 +55,7 @@ class MergedParameters:
         values = trained if trained is not None else self.base.tensor(parameter)
         update = self.adapter.updates.get(module) if self.adapter and parameter.endswith(".weight") else None
         if update is not None:  # an adapted output head
-            return _add(values.to(torch.float32, copy=True), update)
+            return update.merge_into(values.to(torch.float32, copy=True))
         return values.t() if transposed else values
 
     def _linear(self, module: str) -> torch.Tensor:
@@ -65,7 +65,7 @@ class MergedParameters:
         update = self.adapter.updates.get(module) if self.adapter else None
         if update is None:
             return next(weight.stored()) if weight.scheme == "none" else weight.dequantize()
-        return _add(weight.dequantize(), update)
+        return update.merge_into(weight.dequantize())
 
 
 def open_base(model: str | Path, scheme: QuantizationScheme | None, adapters: Iterable[LoraAdapter]) -> TrainingBase:
@@ -107,13 +107,9 @@ def hash_adapter(adapter: LoraAdapter) -> str:
     def named() -> Iterator[tuple[str, list[torch.Tensor]]]:
         for name in sorted(adapter.updates):  # by name: a lazy adapter reads each update when it is asked for
             update = adapter.updates[name]
-            yield name, [update.A, update.B, torch.tensor(update.scaling, dtype=torch.float64)]
+            more = [values for values in (update.magnitude, update.bias) if values is not None]
+            yield name, [update.A, update.B, torch.tensor(update.scaling, dtype=torch.float64), *more]
         for name, values in sorted(adapter.parameters.items()):
             yield name, [values]
 
     return hash_tensors(named())
-
-
-def _add(values: torch.Tensor, update: LoraUpdate) -> torch.Tensor:
-    """Add scaling * B @ A to a float32 weight (out, in), in place."""
-    return values.addmm_(update.B.float() * update.scaling, update.A.float())

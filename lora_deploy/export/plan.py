@@ -35,6 +35,7 @@ from lora_deploy.export.options import (
     choose_types,
     training_scheme,
 )
+from lora_deploy.export.outputs import OutputChanges
 from lora_deploy.export.requantized import RequantizedBase, correction_shapes
 from lora_deploy.export.traced import trace_graph
 from lora_deploy.export.writer import MODEL_NAME
@@ -302,19 +303,21 @@ def _prepare_graph(
     if broken:
         config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
     graph = _build_graph(base, config, shapes, compute_dtype, provider)
-    branches = None
+    tied = {
+        name.removesuffix(".weight"): alias.removesuffix(".weight")
+        for alias, name in base.aliases.items()
+        if alias not in broken
+    }
+    branches = outputs = None
+    if branch in (None, "fixed") and adapters:
+        outputs = OutputChanges(next(iter(adapters.values())), tied if branch else {}, beside=branch is not None)
     if branch is not None:
-        tied = {
-            name.removesuffix(".weight"): alias.removesuffix(".weight")
-            for alias, name in base.aliases.items()
-            if alias not in broken
-        }
         targets = updated | set(base.linears) if branch == "hot-swap" else updated
         branches = Branches(branch, tuple(adapters.values()), targets, tied, int8)
     elif correction and isinstance(coded_base, RequantizedBase):
         shape = correction_shapes(base, coded_base.grids, correction)
         branches = Branches("fixed", (shape,), shape.updates.keys(), {}, int8=True)
-    return lower_graph(graph, coded_base, branches)
+    return lower_graph(graph, coded_base, branches, outputs)
 
 
 def _build_graph(

@@ -1,6 +1,7 @@
 """A linear layer with a low-rank branch: h = W0 x + scaling * B(A(dropout(x))).
 
-LoRA: https://arxiv.org/abs/2106.09685, equation 3. The base may be dense or quantized by bitsandbytes.
+LoRA: https://arxiv.org/abs/2106.09685, equation 3. DoRA: https://arxiv.org/abs/2402.09353, equation 5, whose norm is a
+constant in the gradient (section 4.3). The base may be dense or quantized by bitsandbytes.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ class LoraLinear(nn.Module):
     Attributes:
         base_layer: nn.Linear, Conv1D, Linear4bit or Linear8bitLt, frozen.
         scaling: The factor on B @ A.
+        lora_magnitude_vector: DoRA's length of each row of the merged weight, (out,) float32; None for plain LoRA.
+        active: Whether there is any update; if not, the layer is its base.
         merge_weights: Merge on `.eval()` and unmerge on `.train()`.
     """
+
+    lora_magnitude_vector: nn.Parameter | None
 
     def __init__(
         self,
@@ -38,18 +43,23 @@ class LoraLinear(nn.Module):
         lora_dropout: float = 0.0,
         init_lora_weights: bool | str = True,
         merge_weights: bool = False,
+        use_dora: bool = False,
+        lora_bias: bool = False,
     ) -> None:
         super().__init__()
         keep_codes(base_layer)
         base_layer.requires_grad_(False)
         self.base_layer = base_layer
         self.scaling = scaling
+        self.active = True
         self.merge_weights = merge_weights
         out_features, in_features = self.base_weight().shape
         device = next(base_layer.parameters()).device
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
         self.lora_A = nn.Linear(in_features, r, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = nn.Linear(r, out_features, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(r, out_features, bias=lora_bias, device=device, dtype=torch.float32)
+        magnitude = nn.Parameter(torch.ones(out_features, device=device)) if use_dora else None
+        self.register_parameter("lora_magnitude_vector", magnitude)
         self.reset_lora_parameters(init_lora_weights)
         self._merged: torch.Tensor | None = None
         self.train(base_layer.training)
@@ -65,6 +75,8 @@ class LoraLinear(nn.Module):
         lora_dropout: float = 0.0,
         init_lora_weights: bool | str = True,
         merge_weights: bool = False,
+        use_dora: bool = False,
+        lora_bias: bool = False,
     ) -> LoraLinear:
         """Put an adapter on a linear layer.
 
@@ -77,9 +89,12 @@ class LoraLinear(nn.Module):
             init_lora_weights: True: A Kaiming-uniform; "gaussian": A normal with std 1/r; B zero in both. False: B is
                 random too.
             merge_weights: Merge on `.eval()`, unmerge on `.train()`.
+            use_dora: Train the length of each row of the weight too.
+            lora_bias: Give B a bias, zero at first.
 
         Returns:
-            The new layer, in the base's training mode. With B zero its output equals the base's bit for bit.
+            The new layer, in the base's training mode. With B zero its output equals the base's bit for bit (with DoRA,
+            but for the rounding of a factor of one).
 
         Raises:
             TypeError: `base_layer` is no linear layer.
@@ -91,10 +106,12 @@ class LoraLinear(nn.Module):
             lora_dropout=lora_dropout,
             init_lora_weights=init_lora_weights,
             merge_weights=merge_weights,
+            use_dora=use_dora,
+            lora_bias=lora_bias,
         )
 
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
-        """Initialize A at random and B with zero (with `False`, both at random), as PEFT does."""
+        """Initialize A at random and B with zero (with `False`, both at random), as PEFT does; then the magnitudes."""
         if init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A.weight, std=1 / self.r)
         else:
@@ -103,6 +120,11 @@ class LoraLinear(nn.Module):
             nn.init.kaiming_uniform_(self.lora_B.weight, a=math.sqrt(5))
         else:
             nn.init.zeros_(self.lora_B.weight)
+        if self.lora_B.bias is not None:
+            nn.init.zeros_(self.lora_B.bias)
+        if self.lora_magnitude_vector is not None:
+            with torch.no_grad():
+                self.lora_magnitude_vector.copy_(self._row_norms())
 
     @property
     def r(self) -> int:
@@ -142,9 +164,20 @@ class LoraLinear(nn.Module):
         """scaling * B @ A in float32, (out, in)."""
         return self.scaling * (self.lora_B.weight.detach().float() @ self.lora_A.weight.detach().float())
 
+    def _row_norms(self) -> torch.Tensor:
+        """|row of dequantize(W0) + scaling * B @ A|, float32 (out,)."""
+        norms: torch.Tensor = torch.linalg.vector_norm(self.base_weight().dequantize().add_(self.delta_weight()), dim=1)
+        return norms
+
     def merged_weight(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """dequantize(W0) + scaling * B @ A, computed in float32 and rounded once to `dtype`, (out, in)."""
-        return self.base_weight().dequantize().add_(self.delta_weight()).to(dtype)
+        """dequantize(W0) + scaling * B @ A, with DoRA each row brought to its magnitude.
+
+        Computed in float32 and rounded once to `dtype`, (out, in).
+        """
+        merged = self.base_weight().dequantize().add_(self.delta_weight())
+        if self.lora_magnitude_vector is not None:
+            merged.mul_((self.lora_magnitude_vector / torch.linalg.vector_norm(merged, dim=1))[:, None])
+        return merged.to(dtype)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -177,11 +210,34 @@ class LoraLinear(nn.Module):
             (..., out), of the base's output type.
         """
         if self._merged is not None:
-            bias = None if self.bias is None else self.bias.to(self._merged.dtype)
+            bias = self._merged_bias()
             return F.linear(x.to(self._merged.dtype), self._merged, bias).to(x.dtype)
         result = cast(torch.Tensor, self.base_layer(x))
-        branch = self.lora_B(self.lora_A(self.lora_dropout(x.to(self.lora_A.weight.dtype))))
-        return cast(torch.Tensor, result + (branch * self.scaling).to(result.dtype))
+        if not self.active:
+            return result
+        dropped = self.lora_dropout(x.to(self.lora_A.weight.dtype))
+        branch = self.lora_B(self.lora_A(dropped)) * self.scaling
+        if self.lora_magnitude_vector is not None:
+            branch = self._dora(result, dropped, branch, x.dtype)
+        return cast(torch.Tensor, result + branch.to(result.dtype))
+
+    def _dora(
+        self, result: torch.Tensor, dropped: torch.Tensor, branch: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """What base and branch together gain when each row has its magnitude; of the dropped-out input, as in PEFT."""
+        assert self.lora_magnitude_vector is not None
+        ratio = self.lora_magnitude_vector / self._row_norms()
+        if isinstance(self.lora_dropout, nn.Dropout):
+            result = cast(torch.Tensor, self.base_layer(dropped.to(dtype)))
+        own = (result if self.bias is None else result - self.bias.to(result.dtype)).float()
+        return (ratio - 1) * own + ratio * branch
+
+    def _merged_bias(self) -> torch.Tensor | None:
+        assert self._merged is not None
+        own, added = self.bias, self.lora_B.bias
+        if added is not None:
+            own = added * self.scaling if own is None else own.float() + added * self.scaling
+        return None if own is None else own.to(self._merged.dtype)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

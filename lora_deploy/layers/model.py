@@ -76,6 +76,8 @@ def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
             lora_dropout=config.lora_dropout,
             init_lora_weights=config.init_lora_weights,
             merge_weights=config.merge_weights,
+            use_dora=config.use_dora,
+            lora_bias=config.lora_bias,
         )
         _replace(model, name, layer)
     has_conv1d = any(isinstance(module, Conv1D) for module in targets.values())

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -157,10 +158,14 @@ def load_deployed_twin(
     if adapter is None:
         return twin
     if not weights.is_merged:
-        return apply_live(twin, deployed_adapter(adapter, weights.manifest.slots))
+        running = deployed_adapter(adapter, weights.manifest.slots)
+        return apply_live(twin, _keep_factors(running, weights, base) if adapter.config.use_dora else running)
     for name, values in adapter.parameters.items():
         if name.removesuffix(".weight") not in weights.modules:
             _put_parameter(twin, name, values.float())
+    for name, update in adapter.updates.items():
+        if name in weights.modules:
+            _move_bias(twin, name, update.scaled_bias())
     left = {name: update for name, update in adapter.updates.items() if name not in weights.modules}
     if not left:
         return twin
@@ -185,6 +190,28 @@ def _put_parameter(twin: PreTrainedModel, name: str, values: torch.Tensor) -> No
     setattr(twin.get_submodule(parent), last, nn.Parameter(values, requires_grad=False))
 
 
+def _keep_factors(adapter: LoraAdapter, weights: DeployedWeights, base: TrainingBase) -> LoraAdapter:
+    """A DoRA whose factors on the deployed weights are those on the trained ones: the graph holds the factors."""
+    own, updates = MergedParameters(base, None), dict(adapter.updates)
+    for name, update in adapter.updates.items():
+        if name in weights.modules:
+            is_conv1d = name in base.linears and base.linears[name].is_conv1d
+            trained = own.read(f"{name}.weight", transposed=is_conv1d)
+            factors = update.row_scale(trained.to(torch.float32, copy=True))
+            assert factors is not None
+            norms = torch.linalg.vector_norm(weights.read(name) + update.delta_weight(), dim=1)
+            updates[name] = replace(update, magnitude=factors * norms)
+    return replace(adapter, updates=updates)
+
+
+def _move_bias(twin: PreTrainedModel, module: str, values: torch.Tensor | None) -> None:
+    """Add to the bias of a layer, which may have none yet."""
+    if values is not None:
+        layer = cast("nn.Linear | Conv1D", twin.get_submodule(module))
+        moved = values if layer.bias is None else layer.bias.detach() + values
+        layer.bias = nn.Parameter(moved, requires_grad=False)
+
+
 def take_update_out(twin: PreTrainedModel, base: TrainingBase, adapter: LoraAdapter) -> None:
     """The control of weights that the update is inside of: the deployed twin less what the adapter brings, in place.
 
@@ -196,17 +223,19 @@ def take_update_out(twin: PreTrainedModel, base: TrainingBase, adapter: LoraAdap
         base: The training base.
         adapter: Its adapter.
     """
-    live = lora_layers(twin)
+    live, own = lora_layers(twin), MergedParameters(base, None)
     for name, update in adapter.updates.items():
         if name in live:
-            live[name].scaling = 0.0
+            live[name].active = False
             continue
-        delta = update.delta_weight()
-        if isinstance(twin.get_submodule(name), Conv1D):
+        bias = update.scaled_bias()
+        _move_bias(twin, name, None if bias is None else -bias)
+        is_conv1d = isinstance(twin.get_submodule(name), Conv1D)
+        delta = update.change_of(own.read(f"{name}.weight", transposed=is_conv1d).float())
+        if is_conv1d:
             delta = delta.t()
         _put_parameter(twin, f"{name}.weight", twin.get_parameter(f"{name}.weight") - delta)
     if base.task == "causal-lm":
-        own = MergedParameters(base, None)
         for name in adapter.parameters:
             place = name.replace(".weight", ".base_layer.weight") if name.removesuffix(".weight") in live else name
             transposed = isinstance(twin.get_submodule(name.rpartition(".")[0]), Conv1D)

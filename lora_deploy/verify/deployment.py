@@ -100,14 +100,14 @@ def _without_update(model: PreTrainedModel) -> Logits:
 @contextmanager
 def _update_off(model: PreTrainedModel) -> Iterator[None]:
     """For a moment, no layer has its low-rank update."""
-    scalings = {layer: layer.scaling for layer in lora_layers(model).values()}
+    layers = lora_layers(model).values()
     try:
-        for layer in scalings:
-            layer.scaling = 0.0
+        for layer in layers:
+            layer.active = False
         yield
     finally:
-        for layer, scaling in scalings.items():
-            layer.scaling = scaling
+        for layer in layers:
+            layer.active = True
 
 
 def _compare_classes(trained: PreTrainedModel, deployed: PreTrainedModel, batch: Batch) -> TextResult:
@@ -134,13 +134,14 @@ def _survival(
     own = MergedParameters(base, replace(adapter, updates={}))
     layers, kept, whole = {}, 0.0, 0.0
     for name, update in adapter.updates.items():
-        delta = update.delta_weight()
+        is_conv1d = name in base.linears and base.linears[name].is_conv1d
+        weight = own.read(f"{name}.weight", transposed=is_conv1d).float()
+        delta = update.change_of(weight)
         moved = torch.zeros_like(delta)
         if name in weights.modules:
-            is_conv1d = name in base.linears and base.linears[name].is_conv1d
-            moved += weights.read(name) - own.read(f"{name}.weight", transposed=is_conv1d).float()
+            moved += weights.read(name) - weight
         if not (weights.is_merged and name in weights.modules):  # beside the weight, or merged into one in floats
-            moved += running.delta_weight(name)
+            moved += running.updates[name].change_of(weight)
         found, expected = float((moved * delta).sum()), float(delta.square().sum())
         kept, whole = kept + found, whole + expected
         layers[name] = found / expected if expected else 1.0

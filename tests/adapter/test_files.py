@@ -63,8 +63,8 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "a name without PEFT's prefix": (lambda t: t.update({"stray.weight": torch.ones(1)}), "stray.weight"),
     "a saved module nobody announced": (_add("lm_head.weight", 131, 64), "lm_head.weight"),
     "a bias nobody announced": (_add(f"{TARGET}.base_layer.bias", 64), f"{TARGET}.bias"),
-    "a DoRA magnitude": (_add(f"{TARGET}.lora_magnitude_vector", 64), "lora_magnitude"),
-    "a bias of B": (_add(f"{TARGET}.lora_B.bias", 64), "lora_B.bias"),
+    "a DoRA magnitude nobody announced": (_add(f"{TARGET}.lora_magnitude_vector", 64), TARGET),
+    "a bias of B nobody announced": (_add(f"{TARGET}.lora_B.bias", 64), TARGET),
     "an embedding's A": (_add("model.embed_tokens.lora_embedding_A", 4, 131), "lora_embedding_A"),
     "a trainable token": (_add("model.embed_tokens.token_adapter.trainable_tokens_delta", 1, 64), "tokens_delta"),
 }
@@ -79,6 +79,28 @@ def test_a_tensor_that_is_wrong_or_not_understood_is_refused_by_name(fault: str,
     assert named in caught.value.details["tensor"]
     assert caught.value.details["file"] == str(adapter_dir / WEIGHTS)
     assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize(("setting", "ending"), [("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")])
+def test_a_vector_that_the_configuration_announces_must_be_there_and_as_long_as_the_outputs(
+    setting: str, ending: str, adapter_dir: Path
+) -> None:
+    _edit_config(adapter_dir, **{setting: True})
+    with pytest.raises(AdapterError, match="another update than its configuration says"):
+        read_adapter(adapter_dir)
+    keys = [name.removeprefix("base_model.model.") for name in load_file(adapter_dir / WEIGHTS)]
+    for target in [key.removesuffix(".lora_B.weight") for key in keys if "lora_B" in key]:
+        _edit_tensors(adapter_dir, _add(f"{target}.{ending}", 63))
+    with pytest.raises(AdapterError, match="another length") as caught:
+        read_adapter(adapter_dir)
+    assert caught.value.details["tensor"].endswith(ending)
+
+
+def test_dora_and_a_bias_of_b_together_are_refused_as_in_peft(adapter_dir: Path) -> None:
+    _edit_config(adapter_dir, use_dora=True, lora_bias=True)
+    with pytest.raises(ConfigError, match="do not go together") as caught:
+        read_adapter(adapter_dir)
+    assert caught.value.details["file"] == str(adapter_dir / CONFIG)
 
 
 def test_an_adapter_without_any_update_is_refused(adapter_dir: Path) -> None:
@@ -118,7 +140,6 @@ def test_a_damaged_file_is_refused_by_name(fault: str, adapter_dir: Path) -> Non
 @pytest.mark.parametrize(
     "setting",
     [
-        {"use_dora": True},
         {"trainable_token_indices": [1]},
         {"target_parameters": ["mlp.weight"]},
         {"alpha_of_tomorrow": 2.0},

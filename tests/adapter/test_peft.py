@@ -22,6 +22,9 @@ pytestmark = [
     # What PEFT says of every adapted or saved output head.
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    # What PEFT says of a bias of B on a layer without a bias.
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
+    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape. .*lora_B.bias"),
     pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning"),
 ]
 
@@ -47,10 +50,16 @@ LLAMA: dict[str, dict[str, Any]] = {
     "one layer": {"target_modules": QV, "layers_to_transform": [1]},
     "a regex": {"target_modules": r".*\.1\.mlp\.(up|down)_proj"},
     "adapted head": {"target_modules": ["q_proj", "lm_head"]},
+    "DoRA": {"target_modules": "all-linear", "use_dora": True},
+    "DoRA with rslora": {"target_modules": QV, "use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 7}},
+    "a DoRA of the head": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    "a bias of B": {"target_modules": QV, "lora_bias": True},
 }
 QWEN2: dict[str, dict[str, Any]] = {
     "bias all": {"target_modules": ["q_proj", "o_proj"], "bias": "all"},
     "bias lora_only": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
+    "DoRA and biases": {"target_modules": ["q_proj", "o_proj"], "use_dora": True, "bias": "all"},
+    "a bias of B": {"target_modules": ["q_proj", "o_proj"], "lora_bias": True, "bias": "all"},
 }
 GPT2: dict[str, dict[str, Any]] = {
     "all-linear": {"target_modules": "all-linear"},
@@ -59,6 +68,8 @@ GPT2: dict[str, dict[str, Any]] = {
     "bias lora_only": {"target_modules": ["c_attn", "mlp.c_proj"], "bias": "lora_only"},
     "saved tied head": {"target_modules": ["c_attn"], "modules_to_save": ["lm_head"]},
     "saved norm": {"target_modules": ["c_fc"], "modules_to_save": ["ln_f"]},
+    "DoRA": {"target_modules": ["c_attn", "c_fc"], "use_dora": True},
+    "a bias of B": {"target_modules": ["c_attn", "c_fc"], "lora_bias": True},
 }
 CASES = [
     pytest.param(family, config, id=f"{family}-{name}")
@@ -73,6 +84,9 @@ QUANTIZED_CASES = [
         ("llama", "saved head", LLAMA["saved head"]),
         ("qwen2", "bias all", QWEN2["bias all"]),
         ("gpt2", "all-linear", GPT2["all-linear"]),
+        # PEFT takes bitsandbytes' values, which on AVX512 are wrong in down_proj, whose blocks cross rows.
+        ("llama", "DoRA", LLAMA["DoRA"] | {"target_modules": QV}),
+        ("qwen2", "a bias of B", QWEN2["a bias of B"]),
     )
 ]
 
@@ -85,7 +99,7 @@ def _peft_model(base: nn.Module, config: dict[str, Any]) -> nn.Module:
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 noise = torch.randn_like(parameter) * 0.2
-                parameter.copy_(noise if ".lora_" in name else parameter + noise)
+                parameter.copy_(noise if ".lora_A" in name or ".lora_B" in name else parameter + noise)
     return model
 
 
@@ -124,6 +138,8 @@ def test_what_was_saved_here_computes_the_same_in_peft(family: str, config: dict
 def test_adapters_of_quantized_bases_go_both_ways(
     family: str, config: dict[str, Any], method: str, checkpoint_dir: CheckpointFactory, tmp_path: Path
 ) -> None:
+    if config.get("use_dora") and method == "int8":
+        pytest.skip("PEFT's DoRA fails on the scales of an 8-bit layer on a CPU; our twin is the judge there")
     base = str(checkpoint_dir(family, method))
     _from_peft(load_base_model(base, method), load_base_model(base, method), config, tmp_path / "theirs")
     _to_peft(load_base_model(base, method), load_base_model(base, method), config, tmp_path / "ours")

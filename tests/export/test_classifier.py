@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from lora_deploy.adapter import LoraUpdate
 from lora_deploy.errors import CheckpointError, ParityError, UsageError
 from lora_deploy.export import ExportResult, export_onnx, plan
-from lora_deploy.export import merge as merging
 from lora_deploy.export.traced import trace_graph
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
@@ -123,7 +123,7 @@ def test_an_export_that_loses_the_low_rank_update_fails_the_gate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The head is right and all else is the base's: what an exporter that forgets to merge leaves."""
-    monkeypatch.setattr(merging, "_add", lambda values, update: values)
+    monkeypatch.setattr(LoraUpdate, "merge_into", lambda update, values: values)
     with pytest.raises(ParityError, match="does not compute what was trained"):
         export_onnx(classifier_dir("bert"), peft_adapter("bert"), output=tmp_path / "out", quantization="none")
     assert not (tmp_path / "out").exists()

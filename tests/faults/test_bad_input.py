@@ -121,7 +121,7 @@ FAULTS: dict[str, tuple[Fault, list[str]]] = {
     ),
     "NaN in A": (lambda p: _put(p.adapter / ADAPTER, A, float("nan")), ["not finite", ADAPTER, A]),
     "infinity in B": (lambda p: _put(p.adapter / ADAPTER, B, float("-inf")), ["not finite", ADAPTER, B]),
-    "DoRA": (lambda p: _json(p.adapter / CONFIG, use_dora=True), [CONFIG, "use_dora"]),
+    "DoRA without magnitudes": (lambda p: _json(p.adapter / CONFIG, use_dora=True), [ADAPTER, "lora_magnitude_vector"]),
     "an invented setting": (lambda p: _json(p.adapter / CONFIG, alpha_of_tomorrow=2), [CONFIG, "alpha_of_tomorrow"]),
     "a record of another base": (lambda p: _record(p, base_sha256="0" * 64), ["another base", "0000", "adapter"]),
     "a record of another quantization": (

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_deploy.adapter import LoraUpdate
 from lora_deploy.export import merge
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.weight import DenseWeight
@@ -22,12 +23,12 @@ FAILED = "the export does not compute what was trained"
 
 
 def _scaled_wrongly(patch: Patch) -> None:
-    real = merge._add
-    patch.setattr(merge, "_add", lambda values, update: real(real(values, update), update))
+    real = LoraUpdate.merge_into
+    patch.setattr(LoraUpdate, "merge_into", lambda update, values: real(update, real(update, values)))
 
 
 def _left_out(patch: Patch) -> None:
-    patch.setattr(merge, "_add", lambda values, update: values)
+    patch.setattr(LoraUpdate, "merge_into", lambda update, values: values)
 
 
 def _original_weights(patch: Patch) -> None:

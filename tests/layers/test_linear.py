@@ -6,6 +6,7 @@ import copy
 import math
 
 import bitsandbytes as bnb
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -218,3 +219,57 @@ def test_a_base_that_bitsandbytes_would_repack_keeps_its_codes_through_an_eval_f
         layer(torch.randn(5, 128))
     assert bits(layer.base_layer) == before
     assert quantized_weight(layer.base_layer).shape == (OUT, 128)
+
+
+@pytest.mark.parametrize("setting", ["use_dora", "lora_bias"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dora_and_a_bias_of_b_start_from_the_base_and_merge_exactly(kind: str, setting: str) -> None:
+    base = make_base(kind)
+    x = torch.randn(2, 3, IN)
+    before = base(x)
+    fresh = LoraLinear.from_base(base, RANK, ALPHA, **{setting: True})  # type: ignore[arg-type]
+    torch.testing.assert_close(fresh(x), before, rtol=1e-5, atol=1e-5)
+    layer = _lora(make_base(kind), **{setting: True})
+    vector = layer.lora_magnitude_vector if setting == "use_dora" else layer.lora_B.bias
+    assert vector is not None
+    with torch.no_grad():
+        vector.mul_(1 + torch.rand_like(vector)) if setting == "use_dora" else nn.init.normal_(vector)
+    live = layer.eval()(x)
+    layer.merge()
+    if kind != "int8":  # bitsandbytes' own product rounds its input
+        torch.testing.assert_close(layer(x), live, rtol=1e-4, atol=1e-4)
+    layer.unmerge()
+    assert torch.equal(layer(x), live)
+    layer.active = False
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "nf4"])
+def test_the_gradients_of_a_dora_are_pefts(kind: str, dropout: float) -> None:
+    base = make_base(kind)
+    ours = _lora(base, use_dora=True, lora_dropout=dropout).train()
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, use_dora=True, lora_dropout=dropout, target_modules=["0"])
+    config.fan_in_fan_out = kind == "conv1d"
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), config).base_model.model[0].train()
+    with torch.no_grad():
+        assert ours.lora_magnitude_vector is not None
+        ours.lora_magnitude_vector.mul_(1 + torch.rand(OUT))
+        theirs.lora_A["default"].weight.copy_(ours.lora_A.weight)
+        theirs.lora_B["default"].weight.copy_(ours.lora_B.weight)
+        theirs.lora_magnitude_vector["default"].weight.copy_(ours.lora_magnitude_vector)
+    x = torch.randn(5, IN)
+    outputs = []
+    for layer in (ours, theirs):
+        torch.manual_seed(3)
+        outputs.append(layer(x))
+        outputs[-1].square().sum().backward()
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    for mine, other in (
+        (ours.lora_A.weight, theirs.lora_A["default"].weight),
+        (ours.lora_B.weight, theirs.lora_B["default"].weight),
+        (ours.lora_magnitude_vector, theirs.lora_magnitude_vector["default"].weight),
+    ):
+        assert mine.grad is not None
+        assert mine.grad.abs().max() > 1e-2
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-3)

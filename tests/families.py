@@ -140,6 +140,12 @@ FAMILIES: dict[str, Family] = {
             "no window": {"sliding_window": None},
             "longrope": {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 12},
             "partial rotary": {"partial_rotary_factor": 0.5},
+            "partial longrope": {
+                "rope_parameters": _LONGROPE
+                | {"short_factor": [1.0, 1.3, 1.7, 2.0], "long_factor": [2.0, 3.0, 4.0, 6.0]},
+                "partial_rotary_factor": 0.5,
+                "original_max_position_embeddings": 12,
+            },
         },
     ),
     "gpt2": Family(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 
 from lora_deploy.errors import CheckpointError, UsageError
@@ -138,6 +139,7 @@ def test_mobius_is_refused_where_it_is_wrong_and_auto_does_without(field: str, v
 
 def test_a_field_that_the_class_does_not_have_counts_where_code_may_read_it() -> None:
     assert choose(FAMILIES["starcoder2"].config(head_dim=16)).source == "traced"
+    assert choose(FAMILIES["starcoder2"].config(activation_function="relu")).source == "mobius"
     assert choose(FAMILIES["gemma2"].config(hidden_act="gelu_pytorch_tanh")).source == "mobius"
     assert choose(FAMILIES["gemma2"].config(hidden_act="gelu")).source == "traced"
     assert choose(FAMILIES["llama"].config(sliding_window=None, unsloth_version="2026.1")).source == "mobius"
@@ -149,6 +151,19 @@ def test_auto_traces_what_was_not_verified_and_mobius_has_no_classifiers() -> No
     with pytest.raises(UsageError, match="no heads"):
         choose_source("mobius", config, "sequence-classification", "config.json")
     assert choose_source("auto", config, "sequence-classification", "config.json").source == "traced"
+
+
+def test_the_command_says_which_source_it_took(tiny: TinyFactory, command: Command, tmp_path: Path) -> None:
+    model = tiny("mistral")
+    asked = ["export", "--merge", "--model", model.base, "--adapter", model.adapter, "--quantization", "none"]
+    ended = command(*asked, "--output", tmp_path / "out")
+    assert ended.code == 0
+    assert "graph: mobius (its graph of mistral was verified)" in ended.out
+    assert ir.load(tmp_path / "out" / "model.onnx").metadata_props["lora_deploy.graph"] == "mobius"
+    ended = command(*asked, "--output", tmp_path / "other", "--graph", "torch")
+    assert ended.code == 2
+    assert "auto, mobius, traced" in ended.err
+    assert not (tmp_path / "other").exists()
 
 
 def test_the_shipped_table_names_every_variant_that_is_traced_or_refused() -> None:

@@ -155,7 +155,10 @@ def _fault(config: PreTrainedConfig) -> tuple[str, object] | None:
     for name, default in defaults.items():
         if name not in carried | inert and values.get(name, default) != default:
             return name, values[name]
-    for name in sorted(values.keys() & _MEANINGFUL - carried - defaults.keys()):
+    others = values.keys() & _MEANINGFUL - carried - defaults.keys()
+    if "hidden_act" in defaults:  # where both read it; StarCoder2's checkpoints hold another name of it too
+        others -= {"activation_function"}
+    for name in sorted(others):
         if values[name]:  # None and False are said of what a model does not have
             return name, values[name]
     for name in ("hidden_act", "hidden_activation", "activation_function"):

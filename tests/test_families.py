@@ -10,9 +10,11 @@ import onnx_ir as ir
 import pytest
 
 from lora_deploy.errors import CheckpointError, UsageError
-from lora_deploy.export import source
+from lora_deploy.export import export_onnx, source
 from lora_deploy.export.source import choose_source
+from lora_deploy.export.traced_decoder import trace_decoder
 from lora_deploy.models import VerifiedFamily, load_table, markdown_table, table_cells
+from lora_deploy.quantization.skeleton import make_skeleton
 from tests.commands import Command, command
 from tests.families import FAMILIES
 from tests.verified import TOLERANCE, Measured, Tiny, choose, find_table, remembered_traces
@@ -89,9 +91,10 @@ def test_traced_graphs_are_right_for_every_family(name: str, tiny: TinyFactory) 
     _assert_right(measured)
 
 
-def test_a_traced_graph_in_half_precision_passes_the_gate(tiny: TinyFactory) -> None:
+@pytest.mark.parametrize(("name", "graph"), [("opt", "traced"), ("gemma2", "mobius"), ("mistral", "mobius")])
+def test_half_precision_passes_the_gate(name: str, graph: str, tiny: TinyFactory) -> None:
     """The gate of fp16 runs inside the export and would raise."""
-    measured = tiny("opt").measure("merge", "nf4", graph="traced", precision="fp16", verify=True)
+    measured = tiny(name).measure("merge", "nf4", graph=graph, precision="fp16", verify=True)
     assert TOLERANCE < measured.export < 0.2
     assert measured.control > 1
 
@@ -193,3 +196,26 @@ def test_the_command_prints_the_table(command: Command) -> None:
     shown = command("models").out
     for row in load_table():
         assert table_cells(row)[0] in shown
+
+
+def test_traced_and_mobius_graphs_have_the_same_inputs_and_outputs(tiny: TinyFactory, tmp_path: Path) -> None:
+    names = []
+    for graph in ("mobius", "traced"):
+        output = tmp_path / graph
+        export_onnx(tiny("opt").base, output=output, quantization="none", graph=graph, verify=False)
+        model = ir.load(output / "model.onnx").graph
+        names.append([[value.name for value in values] for values in (model.inputs, model.outputs)])
+    assert names[0] == names[1]
+    assert names[0][0][:3] == ["input_ids", "attention_mask", "position_ids"]
+
+
+def test_the_same_model_is_traced_to_the_same_bytes() -> None:
+    config = FAMILIES["opt"].config(num_hidden_layers=2)
+    skeleton = make_skeleton(config, "causal-lm")
+    shapes = {name: tuple(value.shape) for name, value in skeleton.state_dict().items() if name != "lm_head.weight"}
+    texts = set()
+    for _ in range(2):
+        graph = trace_decoder(config, shapes, precision="fp32", file="config.json")
+        texts.add(ir.to_proto(graph.model).SerializeToString(deterministic=True))
+    (text,) = texts
+    assert b"site-packages" not in text  # torch's exporter notes where each node comes from

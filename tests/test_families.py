@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+from transformers import AutoModelForCausalLM, MambaConfig
 
 from lora_deploy.errors import CheckpointError, UsageError
 from lora_deploy.export import export_onnx, source
@@ -106,6 +107,15 @@ def test_what_no_source_gets_right_is_refused_by_name(name: str, variant: str, t
     assert caught.value.exit_code == 3
     assert caught.value.details["tensor"] == "rope_parameters"
     assert "dynamic" in caught.value.details["found"]
+
+
+def test_a_model_that_remembers_in_another_way_is_refused(tmp_path: Path) -> None:
+    fields = {"vocab_size": 131, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    AutoModelForCausalLM.from_config(MambaConfig(**fields)).save_pretrained(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="no graph can be built") as caught:
+        export_onnx(tmp_path / "base", output=tmp_path / "out", quantization="none")
+    assert "mamba" in str(caught.value.details["tensor"])
+    assert not (tmp_path / "out").exists()
 
 
 def test_every_field_that_mobius_is_trusted_with_is_varied() -> None:

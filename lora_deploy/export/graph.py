@@ -129,7 +129,7 @@ def build_graph(
 
 
 @contextmanager
-def as_unsupported(model_type: str, file: str | Path) -> Iterator[None]:
+def as_unsupported(model_type: str, file: str | Path, remedy: str | None = None) -> Iterator[None]:
     """Whatever a source of graphs raises, as a CheckpointError: mobius' and torch's exceptions have no common base."""
     try:
         yield
@@ -141,6 +141,7 @@ def as_unsupported(model_type: str, file: str | Path) -> Iterator[None]:
             file=file,
             tensor=f"model_type {model_type}",
             found=_first_cause(error),
+            remedy=remedy,
         ) from error
 
 

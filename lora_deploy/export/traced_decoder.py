@@ -33,6 +33,7 @@ _BATCH, _NEW, _PAST = 2, 5, 7  # different, and none of them 1, which torch woul
 # Of these the frequencies depend on the longest position of a call: a trace would keep those of its example.
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
+_REMEDY = "if mobius knows this kind of model, --graph mobius may build it: the parity check is then its only judge"
 # Keys and values of each layer.
 Past = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -61,7 +62,7 @@ def trace_decoder(
         CheckpointError: torch cannot trace the model for every batch and length, or the trace would be of some only.
     """
     _refuse_length_dependent(config, file)
-    with as_unsupported(config.model_type, file):
+    with as_unsupported(config.model_type, file, _REMEDY):
         model = _unfilled_model(config, _DTYPES[precision])
         past = _example_past(model, file)
         traced = _trace(_WithCache(model), past)
@@ -149,6 +150,7 @@ def _example_past(model: PreTrainedModel, file: str | Path) -> Past:
                 file=file,
                 tensor=f"model_type {model.config.model_type}",
                 found=type(layer).__name__,
+                expected="keys and values (batch, heads, tokens, width) in every layer",
                 remedy="this model cannot be exported yet",
             )
         past.append(

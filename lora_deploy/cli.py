@@ -12,6 +12,7 @@ import typer
 
 from lora_deploy.cli_adapter import Json, Quiet, adapter_app
 from lora_deploy.cli_export import export, verify
+from lora_deploy.cli_models import models
 from lora_deploy.cli_recipes import recipes_app
 from lora_deploy.cli_run import run
 from lora_deploy.errors import LoraDeployError
@@ -136,6 +137,7 @@ def train(
 app.command()(export)
 app.command()(verify)
 app.command()(run)
+app.command()(models)
 
 
 @app.command()

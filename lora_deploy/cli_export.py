@@ -115,6 +115,9 @@ def export(
     no_double_quant: Annotated[
         bool, typer.Option("--no-double-quant", help="The absmax values were left alone.")
     ] = False,
+    graph: Annotated[
+        str, typer.Option(help="Where the graph comes from: mobius, traced (transformers' code), or auto to decide.")
+    ] = "auto",
     provider: Annotated[str, typer.Option(help="What it will run on: cpu, cuda, webgpu or dml.")] = "cpu",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Leave the parity check out.")] = False,
@@ -176,6 +179,7 @@ def export(
             adapter_precision=adapter_precision,
             quantization=quantization,
             double_quant=not no_double_quant,
+            graph=graph,
             provider=provider,
             overwrite=overwrite,
             verify=not no_verify,
@@ -187,12 +191,13 @@ def export(
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
     if result.report is not None:
         print_report(console, result.report)
+    if result.graph is not None:
+        console.print(f"graph: {result.graph.source} ({result.graph.reason})", soft_wrap=True, markup=False)
     console.print(f"{result.bytes / 1e6:,.1f} MB in {result.output}", soft_wrap=True, markup=False)
     if as_json:
         report = result.report.model_dump() if result.report else None
-        print_json(
-            {"output": result.output, "bytes": result.bytes, "parity": report, "warnings": list(result.warnings)}
-        )
+        printed = {"output": result.output, "bytes": result.bytes, "parity": report, "warnings": list(result.warnings)}
+        print_json(printed | {"graph": vars(result.graph) if result.graph is not None else None})
 
 
 def _requantization(

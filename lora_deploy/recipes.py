@@ -56,6 +56,7 @@ class Recipe(BaseModel):
     adapter_precision: Literal["int8"] | None = None
     quantization: Literal["auto", "none", "nf4", "fp4", "int8"] = "auto"
     no_double_quant: bool = False
+    graph: Literal["auto", "mobius", "traced"] = "auto"
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for `export_onnx`.
@@ -89,6 +90,7 @@ class Recipe(BaseModel):
             "adapter_precision": self.adapter_precision,
             "quantization": self.quantization,
             "double_quant": not self.no_double_quant,
+            "graph": self.graph,
             "provider": self.provider,
         }
 

@@ -18,7 +18,7 @@ from tests.export.conftest import adapter_dir
 
 __all__ = ["adapter_dir", "command"]
 
-COMMANDS = ("train", "export", "verify", "run", "demo")
+COMMANDS = ("train", "export", "verify", "run", "models", "demo")
 REPORT_KEYS = {
     "activation_rounding",
     "bitsandbytes_gap",
@@ -98,9 +98,10 @@ def test_json_is_all_of_stdout_and_holds_what_was_made(exporting: list[object], 
     assert ended.code == 0
     printed = json.loads(ended.out)
     output = Path(printed["output"])
-    assert printed.keys() == {"output", "bytes", "parity", "warnings"}
+    assert printed.keys() == {"output", "bytes", "parity", "warnings", "graph"}
     assert printed["bytes"] == sum(file.stat().st_size for file in output.glob("model*"))
     assert printed["warnings"] == []
+    assert printed["graph"] == {"source": "mobius", "reason": "its graph of llama was verified"}
     assert printed["parity"].keys() == REPORT_KEYS
     assert printed["parity"] == json.loads((output / "parity.json").read_text())
     assert printed["parity"]["passed"] is True

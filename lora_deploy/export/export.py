@@ -29,6 +29,7 @@ from lora_deploy.export.onnx_adapter import write_onnx_adapter
 from lora_deploy.export.outputs import stream_output_changes
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.requantized import RoundedWeights, stream_rounded
+from lora_deploy.export.source import SourceChoice
 from lora_deploy.export.weights import stream_weights
 from lora_deploy.export.writer import INLINE_BYTES, TOKENIZER_FILES, commit, staging_directory, write_data, write_model
 from lora_deploy.manifest import BranchKind, Manifest
@@ -57,12 +58,14 @@ class ExportResult:
         bytes: Size of `model.onnx`, its data, and its adapters.
         report: The parity report; None where it was not asked for.
         warnings: What the user should know.
+        graph: Where the graph came from, and why.
     """
 
     output: Path
     bytes: int
     report: ParityReport | None
     warnings: tuple[str, ...] = ()
+    graph: SourceChoice | None = None
 
 
 def export_onnx(
@@ -81,6 +84,7 @@ def export_onnx(
     adapter_precision: str | None = None,
     quantization: str = "auto",
     double_quant: bool = True,
+    graph: str = "auto",
     provider: str = "cpu",
     overwrite: bool = False,
     verify: bool = True,
@@ -111,6 +115,7 @@ def export_onnx(
             each block; None for floats of the type of the computation.
         quantization: What the training base was: "none", "nf4", "fp4", "int8", or "auto".
         double_quant: Whether nf4 and fp4 were double-quantized.
+        graph: Where the graph comes from: "mobius", "traced" from transformers' code, or "auto" to decide.
         provider: "cpu", "cuda", "webgpu" or "dml".
         overwrite: Replace an export that is there already.
         verify: Run the parity gate before anything is committed.
@@ -147,6 +152,7 @@ def export_onnx(
         adapter_precision=adapter_precision,
         quantization=quantization,
         double_quant=double_quant,
+        graph=graph,
         provider=provider,
         overwrite=overwrite,
     )
@@ -164,7 +170,7 @@ def export_onnx(
         report = _prove(plan, staging, data, max_kl, on_progress) if verify else None
         commit(staging, plan.output)
     size = sum(file.stat().st_size for file in plan.output.rglob("*.onnx*"))
-    return ExportResult(plan.output, size, report, warnings)
+    return ExportResult(plan.output, size, report, warnings, plan.graph_source)
 
 
 def _write(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> tuple[Manifest, dict[str, str]]:
@@ -291,10 +297,11 @@ def _large_constants(graph: ir.Model) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _provenance(plan: ExportPlan, data_sha256: str) -> dict[str, str]:
     """What the model was made of, for `metadata_props`; no times, so that the same input gives the same bytes."""
-    sources = ("mobius-onnx",) if plan.lowered.graph.genai_config else ("transformers",)
+    sources = ("mobius-onnx",) if plan.graph_source.source == "mobius" else ("transformers",)
     entries = {
         "lora_deploy.base_model": plan.model,
         "lora_deploy.provider": plan.provider,
+        "lora_deploy.graph": plan.graph_source.source,
         "lora_deploy.data_sha256": data_sha256,
         "lora_deploy.versions": json.dumps({name: _version(name) for name in (*sources, "onnx-ir", "torch")}),
     }

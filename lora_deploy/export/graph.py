@@ -19,8 +19,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from lora_deploy.errors import CheckpointError
+from lora_deploy.export.corrections import correct_graph
 
-__all__ = ["Graph", "Segment", "WeightSource", "as_unsupported", "build_graph", "quiet"]
+__all__ = ["Graph", "Segment", "WeightSource", "as_unsupported", "build_graph", "check_sources", "quiet"]
 
 # mobius' names of the types that a graph can compute in.
 _DTYPES = {"fp32": "f32", "fp16": "f16", "bf16": "bf16"}
@@ -102,7 +103,6 @@ def build_graph(
             found=model_type,
             expected="a model type that mobius-onnx knows",
         )
-    _refuse_window(config, file)
     with tempfile.TemporaryDirectory() as directory, quiet("mobius"), as_unsupported(model_type, file):
         config.save_pretrained(directory)
         module_class = registry.get(model_type)
@@ -114,11 +114,13 @@ def build_graph(
             module_class=module_class,
         )
     model: ir.Model = package["model"]
+    with as_unsupported(model_type, file):
+        correct_graph(model, config)
     model.graph.name = model_type  # mobius puts the temporary directory here
     waiting = {name for name, value in model.graph.initializers.items() if value.const_value is None}
     with as_unsupported(model_type, file):
         sources = _trace_sources(module_class(package.config), shapes, file)
-    _check_sources(model, waiting, sources, shapes, file)
+    check_sources(model, waiting, sources, shapes, file)
     return Graph(
         model=model,
         sources={name: sources[name] for name in model.graph.initializers if name in waiting},
@@ -126,25 +128,8 @@ def build_graph(
     )
 
 
-def _refuse_window(config: PreTrainedConfig, file: str | Path) -> None:
-    """mobius' default graph attends to the whole past, also where the model looks back over a window only."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
-    if window and slides and window < config.max_position_embeddings:
-        raise CheckpointError(
-            "this model's attention looks back over a window only, which the graph would leave out",
-            file=file,
-            tensor="sliding_window",
-            found=window,
-            expected=f"no window, or one of at least max_position_embeddings ({config.max_position_embeddings})",
-            remedy="this model cannot be exported yet; if you need no more than the window, set "
-            "max_position_embeddings to it in a copy of the model's config.json",
-        )
-
-
 @contextmanager
-def as_unsupported(model_type: str, file: str | Path) -> Iterator[None]:
+def as_unsupported(model_type: str, file: str | Path, remedy: str | None = None) -> Iterator[None]:
     """Whatever a source of graphs raises, as a CheckpointError: mobius' and torch's exceptions have no common base."""
     try:
         yield
@@ -155,8 +140,16 @@ def as_unsupported(model_type: str, file: str | Path) -> Iterator[None]:
             "no graph can be built for this model",
             file=file,
             tensor=f"model_type {model_type}",
-            found=f"{type(error).__name__}: {error}".splitlines()[0][:300],
+            found=_first_cause(error),
+            remedy=remedy,
         ) from error
+
+
+def _first_cause(error: BaseException) -> str:
+    """torch's exporter wraps what went wrong in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 @contextmanager
@@ -269,7 +262,7 @@ def _counts_up(line: torch.Tensor | None) -> bool:
     return line is not None and bool((line == torch.arange(line.numel())).all())
 
 
-def _check_sources(
+def check_sources(
     model: ir.Model,
     waiting: set[str],
     sources: dict[str, WeightSource],

@@ -37,7 +37,9 @@ from lora_deploy.export.options import (
 )
 from lora_deploy.export.outputs import OutputChanges
 from lora_deploy.export.requantized import RequantizedBase, correction_shapes
+from lora_deploy.export.source import SourceChoice, check_graph, choose_source
 from lora_deploy.export.traced import trace_graph
+from lora_deploy.export.traced_decoder import trace_decoder
 from lora_deploy.export.writer import MODEL_NAME
 from lora_deploy.manifest import BranchKind
 from lora_deploy.quantization.base import TrainingBase
@@ -64,6 +66,7 @@ class ExportPlan:
         output: Directory to write.
         lowered: The graph, lowered, without weights.
         expected_bytes: Size of the weights.
+        graph_source: Where the graph comes from, and why.
         requantization: How merged weights become codes; None where they do not.
         grids: Bits and block size of each layer that does, by name.
     """
@@ -79,6 +82,7 @@ class ExportPlan:
     output: Path
     lowered: Lowered
     expected_bytes: int
+    graph_source: SourceChoice
     requantization: Requantization | None = None
     grids: Mapping[str, Grid] = field(default_factory=dict)
 
@@ -103,6 +107,7 @@ def plan_export(
     adapter_precision: str | None = None,
     quantization: str = "auto",
     double_quant: bool = True,
+    graph: str = "auto",
     provider: str = "cpu",
     overwrite: bool = False,
 ) -> ExportPlan:
@@ -128,6 +133,7 @@ def plan_export(
         quantization: What the training base was: "none", "nf4", "fp4", "int8", or "auto" to read it from the
             checkpoint or from what training left beside the adapter.
         double_quant: Whether nf4 and fp4 were double-quantized.
+        graph: Where the graph comes from: "mobius", "traced" from transformers' code, or "auto" to decide.
         provider: "cpu", "cuda", "webgpu" or "dml".
         overwrite: Whether an export that is there already may be replaced.
 
@@ -145,6 +151,7 @@ def plan_export(
     check_adapter_precision(adapter_precision, branch)
     check_precision(precision, branch, provider)
     check_codes_run(precision, branch, provider, expand)
+    asked_graph = check_graph(graph)
     output = Path(output)
     try:
         if output.is_symlink():
@@ -157,6 +164,7 @@ def plan_export(
     records = {name: record for name, record in loaded.items() if record is not None}
     base = open_base(model, training_scheme(quantization, double_quant, records), loras.values())
     check_task(base, branch)
+    graph_source = choose_source(asked_graph, base.config, base.task, base.directory / "config.json")
     _check_base(base, quantization, named, records)
     linears = {name: layer.shape for name, layer in base.linears.items()}
     for head in base.heads:
@@ -183,7 +191,7 @@ def plan_export(
         coded_base = CodedBase(base, weights, expand, dtype, level, whole)
     correction = requantization.correction if requantization is not None else 0
     lowered = _prepare_graph(
-        base, loras, branch, adapter_precision == "int8", coded_base, compute, provider, correction
+        base, loras, branch, adapter_precision == "int8", coded_base, compute, provider, correction, graph_source
     )
     if in_place:
         lowered = replace(lowered, graph=group_attention(lowered.graph, required=cache is not None))
@@ -204,6 +212,7 @@ def plan_export(
         output,
         lowered,
         expected,
+        graph_source,
         requantization,
         grids,
     )
@@ -294,6 +303,7 @@ def _prepare_graph(
     compute_dtype: ComputeDtype,
     provider: Provider,
     correction: int,
+    graph_source: SourceChoice,
 ) -> Lowered:
     """Build the graph and lower its linear layers. A tie that a merged or trained weight breaks is broken here too."""
     updated = {name for lora in adapters.values() for name in lora.updates}
@@ -302,7 +312,7 @@ def _prepare_graph(
     config = base.config
     if broken:
         config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
-    graph = _build_graph(base, config, shapes, compute_dtype, provider)
+    graph = _build_graph(base, config, shapes, compute_dtype, provider, graph_source)
     tied = {
         name.removesuffix(".weight"): alias.removesuffix(".weight")
         for alias, name in base.aliases.items()
@@ -326,9 +336,12 @@ def _build_graph(
     shapes: dict[str, tuple[int, ...]],
     compute_dtype: ComputeDtype,
     provider: Provider,
+    graph_source: SourceChoice,
 ) -> Graph:
-    """The graph from the source that knows the model's task: mobius has no classification heads."""
+    """The graph from the source that was chosen."""
     file = base.directory / "config.json"
     if base.task == "sequence-classification":
         return trace_graph(config, precision=compute_dtype, file=file)
+    if graph_source.source == "traced":
+        return trace_decoder(config, shapes, precision=compute_dtype, file=file)
     return build_graph(config, shapes, precision=compute_dtype, provider=provider, file=file)

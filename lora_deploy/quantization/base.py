@@ -22,7 +22,7 @@ from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.quantization.model import head_modules, linear_modules
 from lora_deploy.quantization.quantize import expand_absmax, quantize
 from lora_deploy.quantization.scheme import QuantizationScheme
-from lora_deploy.quantization.skeleton import describe_linear, find_aliases, make_skeleton
+from lora_deploy.quantization.skeleton import describe_linear, find_aliases, make_skeleton, renamed_keys
 from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, Int8Weight, QuantizedWeight
 from lora_deploy.task import Task, find_task
 
@@ -96,6 +96,7 @@ class TrainingBase:
         with self._as_bad_configuration():
             skeleton = make_skeleton(self.config, self.task)
         self._prefix = f"{skeleton.base_model_prefix}."
+        self._renamed = renamed_keys(skeleton, self.checkpoint)
         if self.task == "sequence-classification":
             last = f"{next(reversed(head_modules(skeleton)), '')}.weight"
             shape = self._trained.get(last)
@@ -199,7 +200,7 @@ class TrainingBase:
             for candidate in (spelled, spelled.removeprefix(self._prefix), self._prefix + spelled):
                 if candidate in self.checkpoint:
                     return candidate
-        return None
+        return self._renamed.get(name)
 
     def _require_key(self, name: str) -> str:
         key = self._key(name)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from lora_deploy.task import Task, auto_class
 
-__all__ = ["LinearLayer", "describe_linear", "find_aliases", "make_skeleton"]
+__all__ = ["LinearLayer", "describe_linear", "find_aliases", "make_skeleton", "renamed_keys"]
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,23 @@ def find_aliases(model: nn.Module) -> dict[str, str]:
             aliases[name] = first[id(parameter)]
         first.setdefault(id(parameter), name)
     return aliases
+
+
+def renamed_keys(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Names of parameters that transformers gives another name than checkpoints do -> the checkpoint's.
+
+    GPT-NeoX' output head is `embed_out` in every checkpoint and `lm_head` in the model.
+
+    Args:
+        model: The skeleton.
+        keys: The checkpoint's.
+    """
+    renamings = [one for one in get_model_conversion_mapping(model) if type(one) is WeightRenaming]
+    found = {}
+    for key in keys:
+        name = key
+        for renaming in renamings:
+            name = renaming.rename_source_key(name)[0]
+        if name != key:
+            found[name] = key
+    return found

@@ -121,14 +121,19 @@ def test_tied_embeddings_stay_tied(family: str, tmp_path: Path, adapter_dir: Cal
     assert len([name for name in initializers if "wte" in name or "embed_tokens" in name or "lm_head" in name]) == 1
 
 
-def test_a_model_whose_weight_the_graph_drops_is_refused(tmp_path: Path) -> None:
+def test_a_model_whose_weight_the_graph_drops_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """mobius 0.1.0 leaves out the biases of Llama's MLP without a word."""
     from lora_deploy.errors import CheckpointError
+    from lora_deploy.export import source
     from tests.conftest import save_tiny
 
     base = save_tiny("llama", "none", tmp_path / "base", mlp_bias=True)
+    with pytest.raises(CheckpointError, match="mobius is not known to build the right graph") as caught:
+        export_onnx(base, output=tmp_path / "out", graph="mobius")
+    assert caught.value.details["tensor"] == "mlp_bias"
+    monkeypatch.setattr(source, "_fault", lambda config: None)  # and if that had been forgotten
     with pytest.raises(CheckpointError, match="leaves one of its weights out") as caught:
-        export_onnx(base, output=tmp_path / "out")
+        export_onnx(base, output=tmp_path / "out", graph="mobius")
     assert "mlp" in caught.value.details["tensor"]
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,67 @@
+"""Which models are verified, and what of them: a table that `python -m tests.verified --write` makes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["HEADINGS", "TABLE", "VerifiedFamily", "load_table", "markdown_table", "table_cells", "write_table"]
+
+TABLE = Path(__file__).with_name("models.json")
+HEADINGS = ("model_type", "graph", "merge", "branch", "traced where", "refused")
+
+
+class VerifiedFamily(BaseModel):
+    """What tests found of one family, on tiny random models, in fp32, against released PEFT.
+
+    Attributes:
+        model_type: As the configuration has it.
+        graph: Where `--graph auto` takes its graph from.
+        merge: Bases whose merged exports compute what was trained: "none" (dense), "nf4", "fp4", "int8".
+        branch: Bases of each kind of branch that does: "hot-swap", "fixed", "pooled".
+        traced: Variants of its configuration whose graph is traced, for mobius gets them wrong.
+        refused: Variants that are refused.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model_type: str
+    graph: Literal["mobius", "traced"]
+    merge: tuple[str, ...]
+    branch: dict[str, tuple[str, ...]]
+    traced: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+
+def load_table() -> list[VerifiedFamily]:
+    """The table of this version."""
+    return [VerifiedFamily.model_validate(row) for row in json.loads(TABLE.read_text(encoding="utf-8"))]
+
+
+def write_table(rows: Sequence[VerifiedFamily]) -> None:
+    """Put a table in the place of the shipped one."""
+    text = json.dumps([row.model_dump(mode="json") for row in rows], indent=1, ensure_ascii=False)
+    TABLE.write_text(text + "\n", encoding="utf-8")
+
+
+def table_cells(row: VerifiedFamily) -> tuple[str, ...]:
+    """A row as text, below HEADINGS."""
+    kinds: dict[tuple[str, ...], list[str]] = {}
+    for kind, bases in row.branch.items():
+        kinds.setdefault(bases, []).append(kind)
+    branch = "; ".join(f"{', '.join(names)}: {_bases(bases)}" for bases, names in kinds.items())
+    return row.model_type, row.graph, _bases(row.merge), branch, ", ".join(row.traced), ", ".join(row.refused)
+
+
+def _bases(bases: Sequence[str]) -> str:
+    return ", ".join("dense" if base == "none" else base for base in bases) or "-"
+
+
+def markdown_table(rows: Sequence[VerifiedFamily]) -> str:
+    """The table as the README shows it."""
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *map(table_cells, rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

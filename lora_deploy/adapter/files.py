@@ -51,6 +51,7 @@ def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
             file=directory,
             expected=f"a directory with {CONFIG_NAME} and {WEIGHTS_NAME}",
         )
+    _check_place(directory)
     file = directory / WEIGHTS_NAME
     pickle = directory / "adapter_model.bin"
     if pickle.exists() and not file.exists():
@@ -92,6 +93,19 @@ def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
     _check_parameters(file, config, set(parts), parameters)
     updates = _StoredUpdates(file, parts, config)
     return LoraAdapter(config, updates if lazy else dict(updates), parameters, str(directory))
+
+
+def _check_place(directory: Path) -> None:
+    """PEFT saves an adapter that is not named "default" in a folder of its name; which one is meant is not guessed."""
+    inside = sorted(file.parent.name for file in directory.glob(f"*/{CONFIG_NAME}"))
+    if inside and not (directory / CONFIG_NAME).exists():
+        raise AdapterError(
+            "the directory holds adapters in folders of their names, and is none itself",
+            file=directory,
+            found=", ".join(inside),
+            expected=f"a directory with {CONFIG_NAME} and {WEIGHTS_NAME}",
+            remedy=f"give the folder of the adapter: {directory / inside[0]}",
+        )
 
 
 class _Part(NamedTuple):

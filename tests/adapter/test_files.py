@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,15 @@ def test_a_damaged_training_record_is_refused_by_name(text: str, tmp_path: Path)
     with pytest.raises(AdapterError, match="--quantization") as caught:
         TrainingRecord.load(tmp_path)
     assert caught.value.details["file"] == str(tmp_path / "lora_deploy.json")
+
+
+def test_adapters_in_folders_of_their_names_are_listed(adapter_dir: Path, tmp_path: Path) -> None:
+    """What PEFT writes for adapters that are not named default."""
+    place = tmp_path / "several"
+    for name in ("second", "first"):
+        shutil.copytree(adapter_dir, place / name)
+    with pytest.raises(AdapterError, match="in folders of their names") as caught:
+        read_adapter(place)
+    assert caught.value.details["found"] == "first, second"
+    assert caught.value.details["remedy"].endswith(str(place / "first"))
+    assert read_adapter(place / "first").updates.keys() == read_adapter(adapter_dir).updates.keys()

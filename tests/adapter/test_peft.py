@@ -186,3 +186,25 @@ def test_an_adapter_saved_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     }
     for directory in ("two", "three"):
         assert {file.name: file.read_bytes() for file in (tmp_path / directory).iterdir()} == files
+
+
+def test_an_adapter_with_a_name_of_its_own_is_read_from_its_folder(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=10, target_modules=QV, task_type="CAUSAL_LM", init_lora_weights=False)
+    theirs = peft.get_peft_model(tiny_model("llama"), config, adapter_name="mine")
+    theirs.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir() if file.is_dir()] == ["mine"]
+    ours = load_adapter(tiny_model("llama"), tmp_path / "mine")
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+    assert (logits(theirs) - logits(tiny_model("llama"))).abs().max() > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_an_adapter_of_a_compiled_model_is_read(tmp_path: Path) -> None:
+    theirs = _peft_model(tiny_model("llama"), {"target_modules": QV})
+    theirs.base_model.model.model.layers[0] = torch.compile(theirs.base_model.model.model.layers[0])
+    theirs.save_pretrained(tmp_path)
+    assert any("_orig_mod." in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    ours = load_adapter(tiny_model("llama"), tmp_path)
+    plain = theirs.base_model.model.model.layers[0]._orig_mod
+    theirs.base_model.model.model.layers[0] = plain
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)

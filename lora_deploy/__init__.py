@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lora_deploy.quantization import quantize_model as quantize_model
     from lora_deploy.run import OnnxClassifier as OnnxClassifier
     from lora_deploy.run import OnnxModel as OnnxModel
+    from lora_deploy.run import OnnxTokenClassifier as OnnxTokenClassifier
     from lora_deploy.verify import verify as verify
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _HOMES = {
     "LoraLinear": "layers",
     "OnnxClassifier": "run",
     "OnnxModel": "run",
+    "OnnxTokenClassifier": "run",
     "compare_precisions": "compare",
     "export_onnx": "export",
     "get_lora_model": "layers",

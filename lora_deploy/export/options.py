@@ -35,7 +35,6 @@ __all__ = [
     "check_precision",
     "check_provider",
     "check_requantization",
-    "check_task",
     "choose_accuracy_level",
     "choose_types",
     "training_scheme",
@@ -78,17 +77,6 @@ def check_adapter_precision(precision: str | None, branch: BranchKind | None) ->
             found=f"--adapter-precision {precision} {'--branch --pool' if branch else '--merge'}",
             expected="--branch, or --branch --fixed",
             remedy="leave --adapter-precision out",
-        )
-
-
-def check_task(base: TrainingBase, branch: BranchKind | None) -> None:
-    """What cannot be done with a classifier; raises UsageError."""
-    if base.task == "sequence-classification" and branch == "pooled":
-        raise UsageError(
-            "a classifier cannot be pooled: its head reads one token of each text, and a pool's masks are for all",
-            found="--branch --pool",
-            expected="--merge, --branch, or --branch --fixed",
-            remedy="export each adapter with --merge or --branch --fixed",
         )
 
 

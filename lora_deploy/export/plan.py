@@ -28,7 +28,6 @@ from lora_deploy.export.options import (
     check_precision,
     check_provider,
     check_requantization,
-    check_task,
     choose_accuracy_level,
     choose_types,
     training_scheme,
@@ -39,6 +38,7 @@ from lora_deploy.export.writer import MODEL_NAME
 from lora_deploy.manifest import BranchKind
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.options import Grid, Requantization
+from lora_deploy.task import is_classification
 
 __all__ = ["ExportPlan", "Precision", "Provider", "plan_export"]
 
@@ -149,7 +149,6 @@ def plan_export(
     loaded = {name: TrainingRecord.load(directory) for name, directory in named.items()}
     records = {name: record for name, record in loaded.items() if record is not None}
     base = open_base(model, training_scheme(quantization, double_quant, records), loras.values())
-    check_task(base, branch)
     _check_base(base, quantization, named, records)
     linears = {name: layer.shape for name, layer in base.linears.items()}
     for head in base.heads:
@@ -317,6 +316,6 @@ def _build_graph(
 ) -> Graph:
     """The graph from the source that knows the model's task: mobius has no classification heads."""
     file = base.directory / "config.json"
-    if base.task == "sequence-classification":
+    if is_classification(base.task):
         return trace_graph(config, precision=compute_dtype, file=file)
     return build_graph(config, shapes, precision=compute_dtype, provider=provider, file=file)

@@ -56,7 +56,9 @@ class OnnxModel:
         self.session = OnnxSession(self.directory, provider, weights)
         if self.session.manifest is not None and self.session.manifest.task != "causal-lm":
             raise UsageError(
-                "this export is a classifier: it writes no text", found=directory, remedy="open it with OnnxClassifier"
+                "this export is a classifier: it writes no text",
+                found=directory,
+                remedy="open it with OnnxClassifier, or OnnxTokenClassifier if it is one of tokens",
             )
         self.adapters = Adapters(self.session, self.directory)
         self.set_adapter(adapter)

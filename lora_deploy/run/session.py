@@ -189,7 +189,8 @@ class OnnxSession:
 
         Returns:
             Logits, float32 (batch, new, vocabulary), and the cache with the new tokens. The cache stays on the device;
-            rows of padding hold logits without meaning. A classifier's logits are (batch, labels), its cache is empty.
+            rows of padding hold logits without meaning. A classifier's logits are (batch, labels) or, of
+            tokens, (batch, new, labels), and its cache is empty.
         """
         batch, new = input_ids.shape
         feeds = {"input_ids": self.upload(input_ids), "attention_mask": self.upload(attention_mask)}

@@ -15,6 +15,7 @@ from lora_deploy.errors import InputError
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.text import Text
 from lora_deploy.run.session import Weights
+from lora_deploy.task import is_classification
 from lora_deploy.verify.batches import Batch, make_batches
 from lora_deploy.verify.cases import MixedBatch, compare_all, weak_effects
 from lora_deploy.verify.codes import check_adapter_codes, check_codes
@@ -192,7 +193,7 @@ def _trained_head(base: TrainingBase, adapters: Mapping[str, LoraAdapter]) -> Ma
 
     What it lacks is the low-rank update. Only an adapter that is alone in its export holds parameters whole.
     """
-    is_classifier = base.task == "sequence-classification"
+    is_classifier = is_classification(base.task)
     return next(iter(adapters.values())).parameters if is_classifier and adapters else {}
 
 
@@ -217,7 +218,7 @@ def _bitsandbytes_gap(base: TrainingBase, adapter: LoraAdapter | None, batch: Ba
 
 
 def _run_model(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    compute = compute_class_logits if batch.task == "sequence-classification" else compute_logits
+    compute = compute_class_logits if is_classification(batch.task) else compute_logits
     return compute(model, batch.input_ids, batch.attention_mask)
 
 

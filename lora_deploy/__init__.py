@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lora_deploy.run import OnnxModel as OnnxModel
     from lora_deploy.run import OnnxTokenClassifier as OnnxTokenClassifier
     from lora_deploy.verify import verify as verify
+    from lora_deploy.verify import verify_module as verify_module
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ _HOMES = {
     "quantize_model": "quantization",
     "save_adapter": "adapter",
     "verify": "verify",
+    "verify_module": "verify",
 }
 
 __all__ = [*_HOMES, "__version__"]

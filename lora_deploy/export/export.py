@@ -24,6 +24,8 @@ from lora_deploy.export.branch import add_slot_inputs, stream_branches
 from lora_deploy.export.coded import stream_codes
 from lora_deploy.export.graph import WeightSource
 from lora_deploy.export.merge import MergedParameters, hash_adapter
+from lora_deploy.export.module import Examples, plan_module
+from lora_deploy.export.module_base import ModuleBase
 from lora_deploy.export.onnx_adapter import write_onnx_adapter
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.requantized import RoundedWeights, stream_rounded
@@ -64,7 +66,7 @@ class ExportResult:
 
 
 def export_onnx(
-    model: str | Path,
+    model: str | Path | torch.nn.Module,
     adapter: str | Path | Mapping[str, str | Path] | None = None,
     *,
     output: str | Path,
@@ -83,13 +85,17 @@ def export_onnx(
     verify: bool = True,
     data: Path | None = None,
     max_kl: float | None = None,
+    example_inputs: Examples | None = None,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     on_progress: OnProgress = lambda task, done, total: None,
 ) -> ExportResult:
     """Export an adapter and its training base to ONNX, and prove that the result computes what was trained.
 
     Args:
-        model: The training base: a local directory or a hub id.
-        adapter: Directory of the adapter, or of several by name (not to merge); None to export the base alone.
+        model: The training base: a local directory or a hub id; or a torch module in memory (see `plan_module`), whose
+            graph is traced.
+        adapter: Directory of the adapter, or of several by name (not to merge); None to export the base alone, and of a
+            module the adapter that is on it.
         output: Directory to write.
         merge: Merge the adapter into the dequantized weights. If not, the base keeps its own codes and the adapter
             stands beside it.
@@ -110,6 +116,9 @@ def export_onnx(
         verify: Run the parity gate before anything is committed.
         data: JSONL text to compare deployed with trained weights on; None for the training data, where it is known.
         max_kl: The gate also asks that they differ by no more, in nats a token, on any text; None for no limit.
+        example_inputs: Of a module: a tensor, one for each argument of `forward`, or tensors by the arguments' names.
+        dynamic_axes: Of a module: the dimensions of its inputs that may have any size, as {"x": {0: "batch"}}; None for
+            the first of each.
         on_progress: Is told the task, how much is done and of how much.
 
     Returns:
@@ -127,8 +136,13 @@ def export_onnx(
     from lora_deploy.verify.report import check_comparison
 
     check_comparison(data, max_kl)
+    planner: Callable[..., ExportPlan] = plan_export
+    if isinstance(model, torch.nn.Module):
+        planner = partial(plan_module, example_inputs=example_inputs, dynamic_axes=dynamic_axes, data=data)
+    elif example_inputs is not None or dynamic_axes is not None:
+        raise UsageError("only a torch module needs examples of its inputs", found=model, remedy="leave them out")
     make_plan = partial(
-        plan_export,
+        planner,
         model,
         adapter,
         output,
@@ -322,6 +336,8 @@ def _version(name: str) -> str:
 
 def _write_side_files(plan: ExportPlan, staging: Path) -> None:
     """Configuration and tokenizer, so that onnxruntime-genai and optimum open the directory too."""
+    if plan.base.task == "module":
+        return
     config = plan.base.config.to_dict()
     for key in ("_name_or_path", "dtype", "torch_dtype"):
         config.pop(key, None)
@@ -372,18 +388,23 @@ def _warnings(plan: ExportPlan, codes_sha256: str | None) -> tuple[str, ...]:
 def _prove(
     plan: ExportPlan, staging: Path, data: Path | None, max_kl: float | None, on_progress: OnProgress
 ) -> ParityReport:
-    from lora_deploy.verify import check_parity
+    from lora_deploy.verify import check_module, check_parity
 
-    report = check_parity(
-        staging,
-        plan.base,
-        plan.adapters,
-        provider=plan.provider,
-        data=data,
-        training_data=[record.data for record in plan.records.values()],
-        max_kl=max_kl,
-        on_progress=on_progress,
-    )
+    if isinstance(plan.base, ModuleBase):
+        report = check_module(
+            staging, plan.base, plan.adapters, provider=plan.provider, max_kl=max_kl, on_progress=on_progress
+        )
+    else:
+        report = check_parity(
+            staging,
+            plan.base,
+            plan.adapters,
+            provider=plan.provider,
+            data=data,
+            training_data=[record.data for record in plan.records.values()],
+            max_kl=max_kl,
+            on_progress=on_progress,
+        )
     report.save(staging)
     report.require(plan.output)
     return report

@@ -40,9 +40,9 @@ from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.options import Grid, Requantization
 from lora_deploy.task import is_classification
 
-__all__ = ["ExportPlan", "Precision", "Provider", "plan_export"]
+__all__ = ["ONNX_DTYPES", "ExportPlan", "Precision", "Provider", "check_output", "plan_export"]
 
-_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+ONNX_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,7 @@ def plan_export(
     check_adapter_precision(adapter_precision, branch)
     check_precision(precision, branch, provider)
     check_codes_run(precision, branch, provider, expand)
-    output = Path(output)
-    try:
-        if output.is_symlink():
-            output = output.resolve()
-        _check_output(output, overwrite, [Path(model), *named.values()])
-    except OSError as error:
-        raise OutputError("the output cannot be used", file=output, found=error.strerror or str(error)) from error
+    output = check_output(output, overwrite, [Path(model), *named.values()])
     loras = {name: read_adapter(directory, lazy=True) for name, directory in named.items()}
     loaded = {name: TrainingRecord.load(directory) for name, directory in named.items()}
     records = {name: record for name, record in loaded.items() if record is not None}
@@ -163,7 +157,7 @@ def plan_export(
     level = choose_accuracy_level(accuracy_level, weights, branch, provider, expand)
     requantization = check_requantization(requantization, weights, branch)
     check_codes_run(weights, branch, provider, expand, requantization, base.task)
-    dtype = _DTYPES[compute]
+    dtype = ONNX_DTYPES[compute]
     coded_base: CodedBase | None = None
     grids: dict[str, Grid] = {}
     if requantization is not None:
@@ -220,6 +214,18 @@ def _bytes(value: ir.Value) -> int:
     assert value.dtype is not None
     assert value.shape is not None
     return math.ceil(value.dtype.itemsize * math.prod(value.shape.numpy()))
+
+
+def check_output(output: str | Path, overwrite: bool, inputs: list[Path]) -> Path:
+    """The directory to write, if it is new or may be replaced, and is none of the inputs; raises OutputError."""
+    output = Path(output)
+    try:
+        if output.is_symlink():
+            output = output.resolve()
+        _check_output(output, overwrite, inputs)
+    except OSError as error:
+        raise OutputError("the output cannot be used", file=output, found=error.strerror or str(error)) from error
+    return output
 
 
 def _check_output(output: Path, overwrite: bool, inputs: list[Path]) -> None:

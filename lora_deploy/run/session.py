@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -193,7 +193,7 @@ class OnnxSession:
             tokens, (batch, new, labels), and its cache is empty.
         """
         batch, new = input_ids.shape
-        feeds = {"input_ids": self.upload(input_ids), "attention_mask": self.upload(attention_mask)}
+        feeds: dict[str, Any] = {"input_ids": self.upload(input_ids), "attention_mask": self.upload(attention_mask)}
         if self.has_position_ids:
             positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -new:]
             feeds["position_ids"] = self.upload(positions.astype(np.int64))
@@ -201,15 +201,35 @@ class OnnxSession:
             types = np.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             feeds["token_type_ids"] = self.upload(types)
         feeds |= cache if cache is not None else self.empty_cache(batch)
-        binding = self.session.io_binding()
-        for name, value in {**feeds, **(adapter or {})}.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            binding.bind_output(name, "cpu" if name == "logits" else self.provider)
-        self.session.run_with_iobinding(binding)
-        outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        outputs = self._run({**feeds, **(adapter or {})}, on_host=("logits",))
         present = {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
         return numpy_of(present.pop("logits")).astype(np.float32, copy=False), present
+
+    def run(
+        self, inputs: Mapping[str, NDArray[Any]], adapter: Mapping[str, Any] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Run a graph of any inputs and outputs, such as that of a torch module.
+
+        Args:
+            inputs: Every input, by name.
+            adapter: As `forward` takes it.
+
+        Returns:
+            Every output, by name.
+        """
+        feeds = {name: self.upload(values) for name, values in inputs.items()}
+        outputs = self._run({**feeds, **(adapter or {})}, on_host=self._outputs)
+        return {name: numpy_of(value) for name, value in outputs.items()}
+
+    def _run(self, feeds: Mapping[str, Any], on_host: Sequence[str]) -> dict[str, Any]:
+        """The outputs as OrtValues, those that are named on the CPU, the others on the device."""
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            binding.bind_output(name, "cpu" if name in on_host else self.provider)
+        self.session.run_with_iobinding(binding)
+        return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
 
 def host_ortvalue(array: NDArray[Any]) -> Any:

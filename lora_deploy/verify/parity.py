@@ -34,7 +34,7 @@ from lora_deploy.verify.report import CaseResult, Metrics, ParityReport, check_c
 from lora_deploy.verify.sessions import Exported, open_sessions, run_export
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
 
-__all__ = ["check_parity", "run_export", "run_twin"]
+__all__ = ["check_parity", "library_versions", "run_export", "run_twin"]
 
 
 def check_parity(
@@ -100,7 +100,7 @@ def check_parity(
         max_kl=max_kl,
         bitsandbytes_gap=_bitsandbytes_gap(base, next(iter(adapters.values()), None), references.batches[0]),
         notes=notes,
-        versions=_versions(),
+        versions=library_versions(),
     )
     report.passed = report.passed and report.rounds_to_numbers and report.keeps_max_kl
     return report
@@ -222,7 +222,8 @@ def _run_model(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     return compute(model, batch.input_ids, batch.attention_mask)
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Of the libraries that ran, by name."""
     found = {}
     for name in (
         "bitsandbytes",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import bitsandbytes as bnb
 import torch
@@ -26,6 +26,8 @@ from lora_deploy.quantization.model import is_linear
 from lora_deploy.task import auto_class, is_classification
 
 __all__ = ["apply_live", "compute_class_logits", "compute_logits", "load_live_model", "load_twin", "put_parameters"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def load_twin(base: TrainingBase) -> PreTrainedModel:
@@ -56,10 +58,10 @@ def load_twin(base: TrainingBase) -> PreTrainedModel:
     return cast(PreTrainedModel, model.train(False))
 
 
-def apply_live(twin: PreTrainedModel, adapter: LoraAdapter) -> PreTrainedModel:
+def apply_live(twin: _Model, adapter: LoraAdapter) -> _Model:
     """Put an adapter beside the twin's layers, in place, as a branch that is never merged."""
     config = adapter.config.model_copy(update={"merge_weights": False})
-    return cast(PreTrainedModel, apply_adapter(twin, replace(adapter, config=config)).eval())
+    return cast(_Model, apply_adapter(twin, replace(adapter, config=config)).eval())
 
 
 def put_parameters(model: PreTrainedModel, parameters: Mapping[str, torch.Tensor]) -> None:

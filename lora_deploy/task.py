@@ -8,13 +8,15 @@ from typing import Any, Literal
 __all__ = ["Task", "auto_class", "find_task", "is_classification"]
 
 # "module" is any torch module that was given in memory.
-Task = Literal["causal-lm", "sequence-classification", "token-classification", "module"]
+Task = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm", "module"]
 
 # The end of a model's class, and PEFT's task_type, for each task that is not the default.
 _NAMES: dict[Task, tuple[str, str]] = {
     "sequence-classification": ("ForSequenceClassification", "SEQ_CLS"),
     "token-classification": ("ForTokenClassification", "TOKEN_CLS"),
 }
+# T5 and mT5; other encoder-decoders are not known.
+_SEQ2SEQ = "T5ForConditionalGeneration"
 
 
 def find_task(architectures: Iterable[str] | None, task_types: Iterable[str | None] = ()) -> Task:
@@ -28,6 +30,8 @@ def find_task(architectures: Iterable[str] | None, task_types: Iterable[str | No
     for task, (ending, _) in _NAMES.items():
         if any(name.endswith(ending) for name in names):
             return task
+    if any(name.endswith(_SEQ2SEQ) for name in names):
+        return "seq2seq-lm"
     return next((task for task, (_, peft_type) in _NAMES.items() if peft_type in types), "causal-lm")
 
 
@@ -40,8 +44,9 @@ def auto_class(task: Task) -> Any:
     """The class of transformers that loads models for a task."""
     import transformers
 
-    if task == "sequence-classification":
-        return transformers.AutoModelForSequenceClassification
-    return (
-        transformers.AutoModelForTokenClassification if is_classification(task) else transformers.AutoModelForCausalLM
-    )
+    classes = {
+        "sequence-classification": transformers.AutoModelForSequenceClassification,
+        "token-classification": transformers.AutoModelForTokenClassification,
+        "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
+    }
+    return classes.get(task, transformers.AutoModelForCausalLM)

@@ -29,6 +29,7 @@ from lora_deploy.export.module_base import ModuleBase
 from lora_deploy.export.onnx_adapter import write_onnx_adapter
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.requantized import RoundedWeights, stream_rounded
+from lora_deploy.export.seq2seq import write_parts
 from lora_deploy.export.weights import stream_weights
 from lora_deploy.export.writer import INLINE_BYTES, TOKENIZER_FILES, commit, staging_directory, write_data, write_model
 from lora_deploy.manifest import BranchKind, Manifest
@@ -194,7 +195,11 @@ def _write(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> tuple[Ma
         add_slot_inputs(graph, plan.lowered.slots)
     manifest = _manifest(plan, {**parameters.code_hashes, **(rounded.hashes if rounded is not None else {})})
     graph.producer_name, graph.producer_version = "lora-deploy", version("lora-deploy")
-    graph.metadata_props.update({**_provenance(plan, sha256), **manifest.entries()})
+    provenance = _provenance(plan, sha256)
+    if plan.lowered.parts:
+        provenance["lora_deploy.version"] = graph.producer_version
+        provenance["lora_deploy.parts"] = json.dumps(write_parts(plan.lowered, manifest, provenance, staging))
+    graph.metadata_props.update({**provenance, **manifest.entries()})
     if rounded is not None:
         graph.metadata_props.update(_made_from(plan, rounded))
     write_model(graph, staging)
@@ -375,7 +380,8 @@ def _warnings(plan: ExportPlan, codes_sha256: str | None) -> tuple[str, ...]:
             "the quantized weights are not bit for bit those of the training: same checkpoint, but another device or "
             "version of bitsandbytes rounded some of them differently"
         )
-    operators = frozenset(node.op_type for node in plan.lowered.graph.model.graph)
+    graphs = [lowered.graph.model for lowered in (plan.lowered, *plan.lowered.parts.values())]
+    operators = frozenset(node.op_type for model in graphs for node in model.graph)
     note = note_operators(operators, plan.provider)
     if note is not None:
         warnings.append(note)

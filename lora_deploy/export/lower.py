@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -56,11 +56,14 @@ class Lowered:
         graph: The graph, still without weights, and the sources of those that are dense.
         coded: The products whose weight stays as codes.
         slots: The places of adapters.
+        parts: The graphs by the names of their files, where there are several. `graph` then has no nodes, but all that
+            they wait for.
     """
 
     graph: Graph
     coded: tuple[CodedWeight, ...] = ()
     slots: tuple[Slot, ...] = ()
+    parts: Mapping[str, Lowered] = field(default_factory=dict)
 
 
 def lower_graph(graph: Graph, coded_base: CodedBase | None, branches: Branches | None) -> Lowered:

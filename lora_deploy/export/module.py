@@ -85,7 +85,7 @@ def plan_module(
     kind = check_branch(branch, {name: path or Path(name) for name, path in named.items()})
     if kind == "pooled":
         raise UsageError(
-            "the adapters of a module cannot be pooled: which of a layer's rows belong to one of the batch is not known",
+            "the adapters of a module cannot be pooled: which of a layer's rows are of one of the batch is not known",
             found="branch='pooled'",
             remedy="export with merge=False (hot-swap), or each adapter with branch='fixed'",
         )

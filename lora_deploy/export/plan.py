@@ -33,6 +33,7 @@ from lora_deploy.export.options import (
     training_scheme,
 )
 from lora_deploy.export.requantized import RequantizedBase, correction_shapes
+from lora_deploy.export.seq2seq import check_seq2seq, join_parts, trace_parts
 from lora_deploy.export.traced import trace_graph
 from lora_deploy.export.writer import MODEL_NAME
 from lora_deploy.manifest import BranchKind
@@ -155,6 +156,15 @@ def plan_export(
         _check_record(base, record, str(named[name]))
     weights, compute = choose_types(base, precision, compute_dtype, branch, provider, expand)
     level = choose_accuracy_level(accuracy_level, weights, branch, provider, expand)
+    check_seq2seq(
+        base.task,
+        output,
+        branch=branch,
+        precision=weights,
+        compute=compute,
+        own=base.scheme.method,
+        adapter_precision=adapter_precision,
+    )
     requantization = check_requantization(requantization, weights, branch)
     check_codes_run(weights, branch, provider, expand, requantization, base.task)
     dtype = ONNX_DTYPES[compute]
@@ -297,7 +307,6 @@ def _prepare_graph(
     config = base.config
     if broken:
         config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
-    graph = _build_graph(base, config, shapes, compute_dtype, provider)
     branches = None
     if branch is not None:
         tied = {
@@ -310,6 +319,12 @@ def _prepare_graph(
     elif correction and isinstance(coded_base, RequantizedBase):
         shape = correction_shapes(base, coded_base.grids, correction)
         branches = Branches("fixed", (shape,), shape.updates.keys(), {}, int8=True)
+    if base.task == "seq2seq-lm":
+        aliases = {alias: name for alias, name in base.aliases.items() if alias not in broken}
+        parts = trace_parts(config, aliases, precision=compute_dtype, file=base.directory / "config.json")
+        lowered = {name: lower_graph(part, coded_base, branches) for name, part in parts.items()}
+        return join_parts(lowered, config.model_type)
+    graph = _build_graph(base, config, shapes, compute_dtype, provider)
     return lower_graph(graph, coded_base, branches)
 
 

@@ -19,7 +19,7 @@ from lora_deploy.errors import CheckpointError
 from lora_deploy.export.graph import Graph, Segment, WeightSource, as_unsupported, quiet
 from lora_deploy.task import auto_class, find_task
 
-__all__ = ["DTYPES", "finish_trace", "trace_graph", "trace_module"]
+__all__ = ["DTYPES", "finish_trace", "trace_graph", "trace_module", "unfilled_model"]
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The first with Gelu.
@@ -46,7 +46,7 @@ def trace_graph(config: PreTrainedConfig, *, precision: str, file: str | Path) -
         CheckpointError: torch cannot trace the model for every batch and length.
     """
     with as_unsupported(config.model_type, file):
-        model = _unfilled_model(config, DTYPES[precision])
+        model = unfilled_model(config, DTYPES[precision])
         inputs = _example_inputs(model)
         axes = {name: {0: "batch", 1: "sequence"} for name in inputs}
         traced = trace_module(model, inputs, axes, ["logits"])
@@ -75,7 +75,7 @@ def finish_trace(traced: ir.Model, name: str, parameters: Mapping[str, torch.Ten
     return Graph(traced, kept, genai_config={})
 
 
-def _unfilled_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def unfilled_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model with memory that is never touched for its parameters, and with its real constants.
 
     On the meta device there would be no constants (tables of positions), which the graph holds. Measured on
@@ -101,15 +101,21 @@ def _example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def trace_module(
-    model: nn.Module, inputs: Mapping[str, torch.Tensor], axes: Mapping[str, Mapping[int, Any]], outputs: Sequence[str]
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    axes: Mapping[str, Any],
+    outputs: Sequence[str],
+    *,
+    input_names: Sequence[str] | None = None,
 ) -> ir.Model:
     """What torch.onnx.export makes of a module.
 
     Args:
         model: The module, in evaluation mode.
-        inputs: An example of each, by the name of `forward`'s argument.
+        inputs: An example of each, a tensor or a list of some, by the name of `forward`'s argument.
         axes: The dimensions of each that may have any size, with their names.
         outputs: Names of the outputs, in order.
+        input_names: Names of the tensors among the inputs, in order; None for the arguments'.
     """
     with quiet("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -118,8 +124,8 @@ def trace_module(
             (),
             kwargs=dict(inputs),
             dynamo=True,
-            dynamic_shapes={name: dict(axes.get(name, {})) for name in inputs},
-            input_names=list(inputs),
+            dynamic_shapes={name: axes.get(name, {}) for name in inputs},
+            input_names=list(input_names or inputs),
             output_names=list(outputs),
             opset_version=_OPSET,
             optimize=False,  # it would fold what lies in the parameters' memory into the graph

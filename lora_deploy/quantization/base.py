@@ -78,6 +78,10 @@ class TrainingBase:
         self._trained = dict(trained or {}) if is_classification(self.task) else {}
         skeleton = self._make_skeleton()
         self.linears = {name: describe_linear(module) for name, module in linear_modules(skeleton).items()}
+        if self.task == "seq2seq-lm" and self.scheme.method != "none":
+            # transformers keeps these in floats, whatever it is asked for (T5's `wo`).
+            kept = sorted(set(skeleton._keep_in_fp32_modules or ()) | set(self.scheme.skip_modules))
+            self.scheme = self.scheme.model_copy(update={"skip_modules": tuple(kept)})
         self.heads = tuple(head_modules(skeleton))
         embedding = skeleton.get_input_embeddings()
         self.embedding = next((name for name, module in skeleton.named_modules() if module is embedding), None)

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import UsageError
 from lora_deploy.run.adapters import Adapters
+from lora_deploy.run.classify import exported_task
 from lora_deploy.run.sampling import Sampling
 from lora_deploy.run.session import OnnxSession, Weights
 from lora_deploy.run.tokenizer import load_tokenizer
+from lora_deploy.task import is_classification
 
 __all__ = ["OnnxModel"]
 
@@ -53,8 +55,14 @@ class OnnxModel:
         weights: Weights = "stored",
     ) -> None:
         self.directory = Path(directory)
+        if exported_task(self.directory) == "seq2seq-lm":
+            raise UsageError(
+                "this export is an encoder-decoder, which OnnxModel does not run",
+                found=directory,
+                remedy="open it with optimum's ORTModelForSeq2SeqLM, or its three graphs with OnnxSession",
+            )
         self.session = OnnxSession(self.directory, provider, weights)
-        if self.session.manifest is not None and self.session.manifest.task != "causal-lm":
+        if self.session.manifest is not None and is_classification(self.session.manifest.task):
             raise UsageError(
                 "this export is a classifier: it writes no text",
                 found=directory,

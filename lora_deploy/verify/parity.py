@@ -74,6 +74,12 @@ def check_parity(
     """
     directory = Path(directory)
     check_comparison(data, max_kl)
+    if base.task == "seq2seq-lm":
+        from lora_deploy.verify.seq2seq import check_seq2seq_parity
+
+        return check_seq2seq_parity(
+            directory, base, adapters, provider=provider, max_kl=max_kl, on_progress=on_progress
+        )
     codes = check_codes(directory, base)
     check_adapter_codes(directory, adapters)
     deployed = DeployedWeights(directory)

@@ -199,6 +199,10 @@ def read_provenance(directory: Path) -> dict[str, str]:
     entries = read_metadata(directory)
     if "lora_deploy.data_sha256" not in entries:
         raise CheckpointError("this model was not exported by lora-deploy", file=file)
+    for name, sha256 in json.loads(entries.get("lora_deploy.parts", "{}")).items():
+        part = directory / name
+        if not part.is_file() or hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
+            raise CheckpointError("a graph of the export is missing or damaged", file=part, remedy="export again")
     expected = entries["lora_deploy.data_sha256"]
     data = directory / f"model-{expected[:12]}.onnx.data"
     if not data.is_file():

@@ -16,7 +16,7 @@ _NAMES: dict[Task, tuple[str, str]] = {
     "token-classification": ("ForTokenClassification", "TOKEN_CLS"),
 }
 # T5 and mT5; other encoder-decoders are not known.
-_SEQ2SEQ = "T5ForConditionalGeneration"
+_SEQ2SEQ = ("T5ForConditionalGeneration", "MT5ForConditionalGeneration")
 
 
 def find_task(architectures: Iterable[str] | None, task_types: Iterable[str | None] = ()) -> Task:
@@ -30,7 +30,7 @@ def find_task(architectures: Iterable[str] | None, task_types: Iterable[str | No
     for task, (ending, _) in _NAMES.items():
         if any(name.endswith(ending) for name in names):
             return task
-    if any(name.endswith(_SEQ2SEQ) for name in names):
+    if any(name in _SEQ2SEQ for name in names):
         return "seq2seq-lm"
     return next((task for task, (_, peft_type) in _NAMES.items() if peft_type in types), "causal-lm")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -306,7 +307,11 @@ def _prepare_graph(
     shapes = {name: shape for name, shape in base.shapes.items() if name not in base.aliases or name in broken}
     config = base.config
     if broken:
-        config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
+        if base.task == "seq2seq-lm":  # made anew, a T5 configuration would forget that what the head reads is scaled
+            config = copy.deepcopy(config)
+            config.tie_word_embeddings = False
+        else:
+            config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
     branches = None
     if branch is not None:
         tied = {

@@ -106,9 +106,8 @@ class _Decoder(nn.Module):
         self.decoder, self.lm_head = model.decoder, model.lm_head
         self.layers = len(model.decoder.block)
         self.width = model.config.d_model
-        # The factor that T5's head wants of a decoder whose head is the embedding (version 1.0 of T5, not 1.1).
-        scaled = getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings)
-        self.factor = self.width**-0.5 if scaled else None
+        # T5 1.0, whose head is the embedding, scales what the head reads; 1.1 and mT5 do not, tied or not.
+        self.factor = self.width**-0.5 if getattr(model.config, "scale_decoder_outputs", False) else None
 
     def _decode(self, input_ids: torch.Tensor, mask: torch.Tensor, hidden: torch.Tensor, cache: Any) -> torch.Tensor:
         output = self.decoder(

@@ -27,6 +27,7 @@ from lora_deploy.export.merge import MergedParameters, hash_adapter
 from lora_deploy.export.module import Examples, plan_module
 from lora_deploy.export.module_base import ModuleBase
 from lora_deploy.export.onnx_adapter import write_onnx_adapter
+from lora_deploy.export.options import note_head
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.requantized import RoundedWeights, stream_rounded
 from lora_deploy.export.seq2seq import write_parts
@@ -383,8 +384,8 @@ def _warnings(plan: ExportPlan, codes_sha256: str | None) -> tuple[str, ...]:
     graphs = [lowered.graph.model for lowered in (plan.lowered, *plan.lowered.parts.values())]
     operators = frozenset(node.op_type for model in graphs for node in model.graph)
     note = note_operators(operators, plan.provider)
-    if note is not None:
-        warnings.append(note)
+    head = note_head(plan.base, plan.adapters.values(), bool(plan.records))
+    warnings += [found for found in (note, head) if found is not None]
     gone = sorted(set(find_adapters(plan.output)) - (set(plan.adapters) if plan.branch == "hot-swap" else set()))
     if gone:
         warnings.append(f"the older export's adapters are not in the new one: {', '.join(gone)}; convert them again")

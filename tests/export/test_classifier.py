@@ -8,10 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
 
 from lora_deploy.errors import AdapterError, CheckpointError, ParityError
 from lora_deploy.export import ExportResult, export_onnx, plan
@@ -19,6 +25,7 @@ from lora_deploy.export import merge as merging
 from lora_deploy.export.traced import trace_graph
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.quantization.model import keep_codes
 from lora_deploy.run import OnnxSession
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.verify import verify
@@ -305,3 +312,30 @@ def test_layers_of_the_head_are_no_linears(classifier_dir: ClassifierFactory) ->
     assert not set(base.heads) & set(base.linears)
     assert not base.holds_codes("classifier")
     assert AutoConfig.from_pretrained(base.directory).num_labels == base.config.num_labels == 3
+
+
+@pytest.mark.parametrize("branch", [None, "fixed", "hot-swap"])
+def test_a_head_that_was_quantized_too_is_read_from_a_quantized_checkpoint(
+    branch: str | None, classifier_dir: ClassifierFactory, tmp_path: Path
+) -> None:
+    """transformers quantizes it unless it is told not to. A dense checkpoint cannot say so: there is a warning."""
+    dense, base, adapter = classifier_dir("roberta"), tmp_path / "base", tmp_path / "mood"
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        dense, quantization_config=BitsAndBytesConfig(**options)
+    )
+    theirs.save_pretrained(base)
+    train_with_peft(dense, adapter, ["query", "dense", "out_proj"], task_type=None)
+    assert TrainingBase(base).holds_codes("classifier.out_proj")
+    result = export_onnx(base, adapter, output=tmp_path / "out", merge=branch is None, branch=branch)
+    assert result.warnings == ()
+    keep_codes(theirs)
+    model = peft.PeftModel.from_pretrained(theirs, adapter).eval()
+    with torch.no_grad():
+        expected = [model(input_ids=ids, attention_mask=mask).logits for ids, mask in padded_batches()]
+    name = "mood" if branch == "hot-swap" else None
+    assert _distance(_onnx_logits(result.output, name), expected) <= 1e-3
+    if branch is None:
+        other = export_onnx(dense, adapter, output=tmp_path / "other", quantization="nf4")
+        assert "classifier.dense, classifier.out_proj" in other.warnings[0]
+        assert _distance(_onnx_logits(other.output), expected) > 1e-2

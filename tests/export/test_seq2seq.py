@@ -285,6 +285,27 @@ def test_one_export_never_takes_the_place_of_another(merged: ExportResult, train
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
 
 
+@pytest.mark.parametrize("stopped", [*seq2seq.PARTS, "model.onnx"])
+def test_an_export_that_is_stopped_at_any_file_leaves_nothing(
+    stopped: str, trained: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`model.onnx` comes last: without it there is no export."""
+    own, order = Path.replace, []
+
+    def replace(self: Path, target: Path) -> Path:
+        order.append(self.name)
+        if self.name == stopped:
+            raise OSError(28, "No space left on device", str(self))
+        return own(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    base, adapter = trained("tied")
+    with pytest.raises(OutputError):
+        export_onnx(base, adapter, output=tmp_path / "out", quantization="none", verify=False)
+    assert "model.onnx" not in order[:-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_not_made_for_an_encoder_decoder_is_refused(trained: Factory, tmp_path: Path) -> None:
     base, adapter = trained("tied")
     for options in (

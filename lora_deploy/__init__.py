@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from lora_deploy.quantization import quantize_model as quantize_model
     from lora_deploy.run import OnnxClassifier as OnnxClassifier
     from lora_deploy.run import OnnxModel as OnnxModel
+    from lora_deploy.run import OnnxTokenClassifier as OnnxTokenClassifier
     from lora_deploy.verify import verify as verify
+    from lora_deploy.verify import verify_module as verify_module
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,7 @@ _HOMES = {
     "LoraLinear": "layers",
     "OnnxClassifier": "run",
     "OnnxModel": "run",
+    "OnnxTokenClassifier": "run",
     "compare_precisions": "compare",
     "export_onnx": "export",
     "get_lora_model": "layers",
@@ -37,6 +40,7 @@ _HOMES = {
     "quantize_model": "quantization",
     "save_adapter": "adapter",
     "verify": "verify",
+    "verify_module": "verify",
 }
 
 __all__ = [*_HOMES, "__version__"]

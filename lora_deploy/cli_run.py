@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
@@ -10,6 +11,7 @@ import typer
 
 from lora_deploy.cli_adapter import Json, Quiet
 from lora_deploy.errors import UsageError
+from lora_deploy.task import is_classification
 from lora_deploy.terminal import print_json
 
 if TYPE_CHECKING:
@@ -45,13 +47,16 @@ def run(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Generate text from an export; it streams to the screen. A classifier says which class the text belongs to."""
+    """Generate text from an export; it streams to the screen. A classifier says which class the text, or each of its
+    tokens, belongs to."""
     from lora_deploy.run import OnnxModel
-    from lora_deploy.run.classify import is_classifier
+    from lora_deploy.run.classify import exported_task
 
-    if is_classifier(directory):
+    task = exported_task(directory)
+    if is_classification(task):
         _refuse_generation(context)
-        _classify(directory, prompt, adapter or [], provider, weights, as_json)
+        show = _classify if task == "sequence-classification" else _classify_tokens
+        show(directory, prompt, adapter or [], provider, weights, as_json)
         return
     model = OnnxModel(
         directory,
@@ -112,6 +117,26 @@ def _classify(directory: Path, text: str, adapters: list[str], provider: str, we
     print(found.label)
     for label, probability in sorted(found.probabilities.items(), key=lambda item: -item[1]):
         print(f"  {probability:.4f}  {label}")
+
+
+def _classify_tokens(
+    directory: Path, text: str, adapters: list[str], provider: str, weights: str, as_json: bool
+) -> None:
+    """Print the class of every token of a text."""
+    from lora_deploy.run import OnnxTokenClassifier
+
+    classifier = OnnxTokenClassifier(
+        directory,
+        _blend(adapters),
+        provider=cast("Literal['cpu', 'cuda']", provider),
+        weights=cast("Weights", weights),
+    )
+    found = classifier.classify([text])[0]
+    if as_json:
+        print_json({"tokens": [asdict(token) for token in found]})
+        return
+    for token in found:
+        print(f"{token.probability:.4f}  {token.label}  {token.token}")
 
 
 def _blend(adapters: list[str]) -> str | dict[str, float] | None:

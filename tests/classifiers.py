@@ -11,7 +11,9 @@ import peft
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     BertConfig,
     BitsAndBytesConfig,
     DistilBertConfig,
@@ -83,7 +85,10 @@ def load_theirs(directory: Path, method: str, **options: Any) -> PreTrainedModel
             bnb_4bit_compute_dtype=torch.float32,
             llm_int8_skip_modules=SKIPPED,
         )
-    model = AutoModelForSequenceClassification.from_pretrained(directory, **options)
+    names = AutoConfig.from_pretrained(directory).architectures
+    of_tokens = names[0].endswith("ForTokenClassification")
+    kind = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
+    model = kind.from_pretrained(directory, **options)
     keep_codes(model)
     return model.eval()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -106,6 +106,11 @@ class LoraAdapter:
     def delta_weight(self, target: str) -> torch.Tensor:
         """scaling * B @ A of one layer, float32 (out, in): with DoRA not all of what changes in its weight."""
         return self.updates[target].delta_weight()
+
+    def only_updates(self) -> LoraAdapter:
+        """A and B alone, without what else is trained."""
+        config = self.config.model_copy(update={"use_dora": False, "lora_bias": False})
+        return replace(self, config=config, parameters={})
 
     def check_against(self, shapes: Mapping[str, tuple[int, ...]], linears: Mapping[str, tuple[int, int]]) -> None:
         """Make sure that the adapter fits a base.

@@ -55,7 +55,7 @@ class AdapterChoice:
 
     def __init__(self, model: ir.Model, count: int, dtype: ir.DataType) -> None:
         self.model, self.count = model, count
-        self.masks: dict[int, ir.Value] = {}
+        self.masks: dict[tuple[int, int], ir.Value] = {}
         self.nodes: list[ir.Node] = []
         self.input = constant(model, ADAPTER_IDS, [-1])
         self.input.shape = ir.Shape(["adapter_batch"])
@@ -63,21 +63,30 @@ class AdapterChoice:
         zero = torch.zeros((), dtype=ir.tensor_adapters.to_torch_dtype(dtype))
         self.zero = constant(model, "adapter_zero", zero)
 
-    def mask(self, rank: int) -> ir.Value:
-        """(batch, 1, count * rank): whose column it is."""
-        if rank not in self.masks:
-            if not self.nodes:
-                axes = constant(self.model, "adapter_axes", [1, 2])
-                self.nodes.append(ir.node("Unsqueeze", [self.input, axes], name="adapter_ids.unsqueeze"))
-            owners = torch.arange(self.count).repeat_interleave(rank)
-            owner = constant(self.model, f"adapter_owner_{rank}", owners[None, None])
-            self.nodes.append(ir.node("Equal", [self.nodes[0].outputs[0], owner], name=f"adapter_mask_{rank}"))
-            self.masks[rank] = self.nodes[-1].outputs[0]
-        return self.masks[rank]
+    def mask(self, rank: int, dims: int) -> ir.Value:
+        """Whose column it is: (batch, 1, count * rank), or (batch, count * rank) where one token of a text is read."""
+        if (rank, dims) not in self.masks:
+            suffix = "" if dims == 3 else f"_{dims}d"
+            owners = torch.arange(self.count).repeat_interleave(rank).reshape([1] * (dims - 1) + [-1])
+            owner = constant(self.model, f"adapter_owner_{rank}{suffix}", owners)
+            node = ir.node("Equal", [self._ids(dims, suffix), owner], name=f"adapter_mask_{rank}{suffix}")
+            self.nodes.append(node)
+            self.masks[rank, dims] = node.outputs[0]
+        return self.masks[rank, dims]
 
-    def select(self, hidden: ir.Value, rank: int, name: str) -> ir.Node:
+    def _ids(self, dims: int, suffix: str) -> ir.Value:
+        """The ids as (batch, 1) or (batch, 1, 1)."""
+        name = f"adapter_ids.unsqueeze{suffix}"
+        made = next((node for node in self.nodes if node.name == name), None)
+        if made is None:
+            axes = constant(self.model, f"adapter_axes{suffix}", list(range(1, dims)))
+            made = ir.node("Unsqueeze", [self.input, axes], name=name)
+            self.nodes.append(made)
+        return made.outputs[0]
+
+    def select(self, hidden: ir.Value, rank: int, name: str, dims: int = 3) -> ir.Node:
         """What is the row's own adapter's, and zero for the others: a choice, for infinity times zero is no zero."""
-        return ir.node("Where", [self.mask(rank), hidden, self.zero], name=name)
+        return ir.node("Where", [self.mask(rank, dims), hidden, self.zero], name=name)
 
     def place(self) -> None:
         """Put the masks' nodes at the beginning of the graph, once all sites have asked for theirs."""
@@ -122,11 +131,16 @@ def add_branch(
     nodes = [*base.nodes, *nodes, down]
     hidden = down.outputs[0]
     if choice is not None:
-        nodes.append(choice.select(hidden, rank or 0, f"{slot.name}.lora_select"))
+        nodes.append(choice.select(hidden, rank or 0, f"{slot.name}.lora_select", _dims(site)))
         hidden = nodes[-1].outputs[0]
     up = ir.node("MatMul", [hidden, b], name=f"{slot.name}.lora_B")
     add = ir.node("Add", [base.output, up.outputs[0]], name=f"{slot.name}.lora_add")
     return Product((*nodes, up, add), add.outputs[0])
+
+
+def _dims(site: LinearSite) -> int:
+    """Dimensions of what a site reads: 3, or 2 in a head that reads one token of each text."""
+    return 3 if site.input.shape is None else len(site.input.shape)
 
 
 def add_slot_inputs(model: ir.Model, slots: Sequence[Slot]) -> None:

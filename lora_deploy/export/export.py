@@ -25,10 +25,14 @@ from lora_deploy.export.branch import add_slot_inputs, stream_branches
 from lora_deploy.export.coded import stream_codes
 from lora_deploy.export.graph import WeightSource
 from lora_deploy.export.merge import MergedParameters, hash_adapter
+from lora_deploy.export.module import Examples, plan_module
+from lora_deploy.export.module_base import ModuleBase
 from lora_deploy.export.onnx_adapter import write_onnx_adapter
+from lora_deploy.export.options import note_head
 from lora_deploy.export.outputs import stream_output_changes
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.requantized import RoundedWeights, stream_rounded
+from lora_deploy.export.seq2seq import write_parts
 from lora_deploy.export.source import SourceChoice
 from lora_deploy.export.weights import stream_weights
 from lora_deploy.export.writer import INLINE_BYTES, TOKENIZER_FILES, commit, staging_directory, write_data, write_model
@@ -69,7 +73,7 @@ class ExportResult:
 
 
 def export_onnx(
-    model: str | Path,
+    model: str | Path | torch.nn.Module,
     adapter: str | Path | Mapping[str, str | Path] | None = None,
     *,
     output: str | Path,
@@ -90,13 +94,17 @@ def export_onnx(
     verify: bool = True,
     data: Path | None = None,
     max_kl: float | None = None,
+    example_inputs: Examples | None = None,
+    dynamic_axes: Mapping[str, Mapping[int, str]] | None = None,
     on_progress: OnProgress = lambda task, done, total: None,
 ) -> ExportResult:
     """Export an adapter and its training base to ONNX, and prove that the result computes what was trained.
 
     Args:
-        model: The training base: a local directory or a hub id.
-        adapter: Directory of the adapter, or of several by name (not to merge); None to export the base alone.
+        model: The training base: a local directory or a hub id; or a torch module in memory (see `plan_module`), whose
+            graph is traced.
+        adapter: Directory of the adapter, or of several by name (not to merge); None to export the base alone, and of a
+            module the adapter that is on it.
         output: Directory to write.
         merge: Merge the adapter into the dequantized weights. If not, the base keeps its own codes and the adapter
             stands beside it.
@@ -121,6 +129,9 @@ def export_onnx(
         verify: Run the parity gate before anything is committed.
         data: JSONL text to compare deployed with trained weights on; None for the training data, where it is known.
         max_kl: The gate also asks that they differ by no more, in nats a token, on any text; None for no limit.
+        example_inputs: Of a module: a tensor, one for each argument of `forward`, or tensors by the arguments' names.
+        dynamic_axes: Of a module: the dimensions of its inputs that may have any size, as {"x": {0: "batch"}}; None for
+            the first of each.
         on_progress: Is told the task, how much is done and of how much.
 
     Returns:
@@ -138,8 +149,13 @@ def export_onnx(
     from lora_deploy.verify.report import check_comparison
 
     check_comparison(data, max_kl)
+    planner: Callable[..., ExportPlan] = plan_export
+    if isinstance(model, torch.nn.Module):
+        planner = partial(plan_module, example_inputs=example_inputs, dynamic_axes=dynamic_axes, data=data)
+    elif example_inputs is not None or dynamic_axes is not None:
+        raise UsageError("only a torch module needs examples of its inputs", found=model, remedy="leave them out")
     make_plan = partial(
-        plan_export,
+        planner,
         model,
         adapter,
         output,
@@ -193,7 +209,11 @@ def _write(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> tuple[Ma
         add_slot_inputs(graph, plan.lowered.slots)
     manifest = _manifest(plan, {**parameters.code_hashes, **(rounded.hashes if rounded is not None else {})})
     graph.producer_name, graph.producer_version = "lora-deploy", version("lora-deploy")
-    graph.metadata_props.update({**_provenance(plan, sha256), **manifest.entries()})
+    provenance = _provenance(plan, sha256)
+    if plan.lowered.parts:
+        provenance["lora_deploy.version"] = graph.producer_version
+        provenance["lora_deploy.parts"] = json.dumps(write_parts(plan.lowered, manifest, provenance, staging))
+    graph.metadata_props.update({**provenance, **manifest.entries()})
     if rounded is not None:
         graph.metadata_props.update(_made_from(plan, rounded))
     write_model(graph, staging)
@@ -341,6 +361,8 @@ def _version(name: str) -> str:
 
 def _write_side_files(plan: ExportPlan, staging: Path) -> None:
     """Configuration and tokenizer, so that onnxruntime-genai and optimum open the directory too."""
+    if plan.base.task == "module":
+        return
     config = plan.base.config.to_dict()
     for key in ("_name_or_path", "dtype", "torch_dtype"):
         config.pop(key, None)
@@ -378,10 +400,11 @@ def _warnings(plan: ExportPlan, codes_sha256: str | None) -> tuple[str, ...]:
             "the quantized weights are not bit for bit those of the training: same checkpoint, but another device or "
             "version of bitsandbytes rounded some of them differently"
         )
-    operators = frozenset(node.op_type for node in plan.lowered.graph.model.graph)
+    graphs = [lowered.graph.model for lowered in (plan.lowered, *plan.lowered.parts.values())]
+    operators = frozenset(node.op_type for model in graphs for node in model.graph)
     note = note_operators(operators, plan.provider)
-    if note is not None:
-        warnings.append(note)
+    head = note_head(plan.base, plan.adapters.values(), bool(plan.records))
+    warnings += [found for found in (note, head) if found is not None]
     gone = sorted(set(find_adapters(plan.output)) - (set(plan.adapters) if plan.branch == "hot-swap" else set()))
     if gone:
         warnings.append(f"the older export's adapters are not in the new one: {', '.join(gone)}; convert them again")
@@ -391,18 +414,23 @@ def _warnings(plan: ExportPlan, codes_sha256: str | None) -> tuple[str, ...]:
 def _prove(
     plan: ExportPlan, staging: Path, data: Path | None, max_kl: float | None, on_progress: OnProgress
 ) -> ParityReport:
-    from lora_deploy.verify import check_parity
+    from lora_deploy.verify import check_module, check_parity
 
-    report = check_parity(
-        staging,
-        plan.base,
-        plan.adapters,
-        provider=plan.provider,
-        data=data,
-        training_data=[record.data for record in plan.records.values()],
-        max_kl=max_kl,
-        on_progress=on_progress,
-    )
+    if isinstance(plan.base, ModuleBase):
+        report = check_module(
+            staging, plan.base, plan.adapters, provider=plan.provider, max_kl=max_kl, on_progress=on_progress
+        )
+    else:
+        report = check_parity(
+            staging,
+            plan.base,
+            plan.adapters,
+            provider=plan.provider,
+            data=data,
+            training_data=[record.data for record in plan.records.values()],
+            max_kl=max_kl,
+            on_progress=on_progress,
+        )
     report.save(staging)
     report.require(plan.output)
     return report

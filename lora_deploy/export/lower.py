@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
@@ -58,12 +58,15 @@ class Lowered:
         coded: The products whose weight stays as codes.
         slots: The places of adapters.
         changes: What else adapters do to the outputs of layers.
+        parts: The graphs by the names of their files, where there are several. `graph` then has no nodes, but all that
+            they wait for.
     """
 
     graph: Graph
     coded: tuple[CodedWeight, ...] = ()
     slots: tuple[Slot, ...] = ()
     changes: tuple[OutputChange, ...] = ()
+    parts: Mapping[str, Lowered] = field(default_factory=dict)
 
 
 def lower_graph(

@@ -16,7 +16,7 @@ from lora_deploy.adapter import LoraAdapter
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.quantization.scheme import QuantizationScheme
-from lora_deploy.task import find_task
+from lora_deploy.task import find_task, is_classification
 
 __all__ = ["MergedParameters", "drop_copies", "hash_adapter", "open_base"]
 
@@ -80,9 +80,9 @@ def open_base(model: str | Path, scheme: QuantizationScheme | None, adapters: It
         CheckpointError: As `TrainingBase`.
     """
     adapters = list(adapters)
-    is_classifier = find_task(None, [adapter.config.task_type for adapter in adapters]) == "sequence-classification"
+    task = find_task(None, [adapter.config.task_type for adapter in adapters])
     trained = {name: tuple(values.shape) for adapter in adapters for name, values in adapter.parameters.items()}
-    return TrainingBase(model, scheme, task="sequence-classification" if is_classifier else None, trained=trained)
+    return TrainingBase(model, scheme, task=task if is_classification(task) else None, trained=trained)
 
 
 def drop_copies(adapter: LoraAdapter, base: TrainingBase) -> LoraAdapter:

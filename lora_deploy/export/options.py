@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from lora_deploy.adapter import TrainingRecord
+from lora_deploy.adapter import LoraAdapter, TrainingRecord
 from lora_deploy.errors import AdapterError, UsageError
 from lora_deploy.export.onnx_adapter import check_name
 from lora_deploy.manifest import BranchKind
@@ -23,7 +23,7 @@ from lora_deploy.targets import (
     check_provider,
     check_slots_run,
 )
-from lora_deploy.task import Task
+from lora_deploy.task import Task, is_classification
 
 __all__ = [
     "ComputeDtype",
@@ -35,10 +35,10 @@ __all__ = [
     "check_precision",
     "check_provider",
     "check_requantization",
-    "check_task",
     "choose_accuracy_level",
     "choose_cache",
     "choose_types",
+    "note_head",
     "training_scheme",
 ]
 
@@ -82,15 +82,27 @@ def check_adapter_precision(precision: str | None, branch: BranchKind | None) ->
         )
 
 
-def check_task(base: TrainingBase, branch: BranchKind | None) -> None:
-    """What cannot be done with a classifier; raises UsageError."""
-    if base.task == "sequence-classification" and branch == "pooled":
-        raise UsageError(
-            "a classifier cannot be pooled: its head reads one token of each text, and a pool's masks are for all",
-            found="--branch --pool",
-            expected="--merge, --branch, or --branch --fixed",
-            remedy="export each adapter with --merge or --branch --fixed",
-        )
+def note_head(base: TrainingBase, adapters: Iterable[LoraAdapter], recorded: bool) -> str | None:
+    """What is taken for granted of a classifier's head, where nothing says whether training quantized it.
+
+    transformers quantizes it unless `llm_int8_skip_modules` names it. An adapter that trains it whole needs it in
+    floats; beside any other it may have been either, and a checkpoint in full precision does not tell.
+
+    Args:
+        base: The training base.
+        adapters: Its adapters.
+        recorded: Whether lora-deploy trained them, and so left the head in floats.
+    """
+    if not is_classification(base.task) or base.prequantized or base.scheme.method == "none" or recorded:
+        return None
+    whole = {name for adapter in adapters for name in adapter.parameters}
+    unknown = [head for head in base.heads if f"{head}.weight" not in whole]
+    if not unknown:
+        return None
+    return (
+        f"the head ({', '.join(unknown)}) is taken to have been in floats in training, as with llm_int8_skip_modules; "
+        "if it was quantized too, save the quantized model with save_pretrained() and export from that"
+    )
 
 
 def check_precision(precision: str | None, branch: str | None, provider: Provider) -> None:

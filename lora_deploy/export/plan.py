@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,6 @@ from lora_deploy.export.options import (
     check_precision,
     check_provider,
     check_requantization,
-    check_task,
     choose_accuracy_level,
     choose_cache,
     choose_types,
@@ -37,6 +37,7 @@ from lora_deploy.export.options import (
 )
 from lora_deploy.export.outputs import OutputChanges
 from lora_deploy.export.requantized import RequantizedBase, correction_shapes
+from lora_deploy.export.seq2seq import check_seq2seq, join_parts, trace_parts
 from lora_deploy.export.source import SourceChoice, check_graph, choose_source
 from lora_deploy.export.traced import trace_graph
 from lora_deploy.export.traced_decoder import trace_decoder
@@ -44,10 +45,11 @@ from lora_deploy.export.writer import MODEL_NAME
 from lora_deploy.manifest import BranchKind
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.options import Grid, Requantization
+from lora_deploy.task import is_classification
 
-__all__ = ["ExportPlan", "Precision", "Provider", "plan_export"]
+__all__ = ["ONNX_DTYPES", "ExportPlan", "Precision", "Provider", "check_output", "plan_export"]
 
-_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+ONNX_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 
 @dataclass(frozen=True)
@@ -152,18 +154,11 @@ def plan_export(
     check_precision(precision, branch, provider)
     check_codes_run(precision, branch, provider, expand)
     asked_graph = check_graph(graph)
-    output = Path(output)
-    try:
-        if output.is_symlink():
-            output = output.resolve()
-        _check_output(output, overwrite, [Path(model), *named.values()])
-    except OSError as error:
-        raise OutputError("the output cannot be used", file=output, found=error.strerror or str(error)) from error
+    output = check_output(output, overwrite, [Path(model), *named.values()])
     loras = {name: read_adapter(directory, lazy=True) for name, directory in named.items()}
     loaded = {name: TrainingRecord.load(directory) for name, directory in named.items()}
     records = {name: record for name, record in loaded.items() if record is not None}
     base = open_base(model, training_scheme(quantization, double_quant, records), loras.values())
-    check_task(base, branch)
     graph_source = choose_source(asked_graph, base.config, base.task, base.directory / "config.json")
     _check_base(base, quantization, named, records)
     linears = {name: layer.shape for name, layer in base.linears.items()}
@@ -178,9 +173,18 @@ def plan_export(
     weights, compute = choose_types(base, precision, compute_dtype, branch, provider, expand)
     level = choose_accuracy_level(accuracy_level, weights, branch, provider, expand)
     in_place = choose_cache(cache, weights, branch, provider, compute)
+    check_seq2seq(
+        base.task,
+        output,
+        branch=branch,
+        precision=weights,
+        compute=compute,
+        own=base.scheme.method,
+        adapter_precision=adapter_precision,
+    )
     requantization = check_requantization(requantization, weights, branch)
     check_codes_run(weights, branch, provider, expand, requantization, base.task)
-    dtype = _DTYPES[compute]
+    dtype = ONNX_DTYPES[compute]
     coded_base: CodedBase | None = None
     grids: dict[str, Grid] = {}
     if requantization is not None:
@@ -240,6 +244,18 @@ def _bytes(value: ir.Value) -> int:
     assert value.dtype is not None
     assert value.shape is not None
     return math.ceil(value.dtype.itemsize * math.prod(value.shape.numpy()))
+
+
+def check_output(output: str | Path, overwrite: bool, inputs: list[Path]) -> Path:
+    """The directory to write, if it is new or may be replaced, and is none of the inputs; raises OutputError."""
+    output = Path(output)
+    try:
+        if output.is_symlink():
+            output = output.resolve()
+        _check_output(output, overwrite, inputs)
+    except OSError as error:
+        raise OutputError("the output cannot be used", file=output, found=error.strerror or str(error)) from error
+    return output
 
 
 def _check_output(output: Path, overwrite: bool, inputs: list[Path]) -> None:
@@ -311,23 +327,36 @@ def _prepare_graph(
     shapes = {name: shape for name, shape in base.shapes.items() if name not in base.aliases or name in broken}
     config = base.config
     if broken:
-        config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
-    graph = _build_graph(base, config, shapes, compute_dtype, provider, graph_source)
+        if base.task == "seq2seq-lm":  # made anew, a T5 configuration would forget that what the head reads is scaled
+            config = copy.deepcopy(config)
+            config.tie_word_embeddings = False
+        else:
+            config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
     tied = {
         name.removesuffix(".weight"): alias.removesuffix(".weight")
         for alias, name in base.aliases.items()
         if alias not in broken
     }
-    branches = outputs = None
-    if branch in (None, "fixed") and adapters:
-        outputs = OutputChanges(next(iter(adapters.values())), tied if branch else {}, beside=branch is not None)
+    branches = None
     if branch is not None:
         targets = updated | set(base.linears) if branch == "hot-swap" else updated
         branches = Branches(branch, tuple(adapters.values()), targets, tied, int8)
     elif correction and isinstance(coded_base, RequantizedBase):
         shape = correction_shapes(base, coded_base.grids, correction)
         branches = Branches("fixed", (shape,), shape.updates.keys(), {}, int8=True)
-    return lower_graph(graph, coded_base, branches, outputs)
+
+    def outputs() -> OutputChanges | None:
+        if branch not in (None, "fixed") or not adapters:
+            return None
+        return OutputChanges(next(iter(adapters.values())), tied if branch else {}, beside=branch is not None)
+
+    if base.task == "seq2seq-lm":
+        aliases = {alias: name for alias, name in base.aliases.items() if alias not in broken}
+        parts = trace_parts(config, aliases, precision=compute_dtype, file=base.directory / "config.json")
+        lowered = {name: lower_graph(part, coded_base, branches, outputs()) for name, part in parts.items()}
+        return join_parts(lowered, config.model_type)
+    graph = _build_graph(base, config, shapes, compute_dtype, provider, graph_source)
+    return lower_graph(graph, coded_base, branches, outputs())
 
 
 def _build_graph(
@@ -340,7 +369,7 @@ def _build_graph(
 ) -> Graph:
     """The graph from the source that was chosen."""
     file = base.directory / "config.json"
-    if base.task == "sequence-classification":
+    if is_classification(base.task):
         return trace_graph(config, precision=compute_dtype, file=file)
     if graph_source.source == "traced":
         return trace_decoder(config, shapes, precision=compute_dtype, file=file)

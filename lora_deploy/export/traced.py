@@ -5,32 +5,34 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from lora_deploy.errors import CheckpointError
 from lora_deploy.export.graph import Graph, Segment, WeightSource, as_unsupported, quiet
-from lora_deploy.task import auto_class
+from lora_deploy.task import auto_class, find_task
 
-__all__ = ["trace_graph"]
+__all__ = ["DTYPES", "finish_trace", "trace_graph", "trace_module", "unfilled_model"]
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The first with Gelu.
 _OPSET = 20
 _EXAMPLE = (2, 8)  # (batch, sequence): neither 1, which torch would take for a constant
 
 
 def trace_graph(config: PreTrainedConfig, *, precision: str, file: str | Path) -> Graph:
-    """Trace the graph of a classifier of sequences.
+    """Trace the graph of a classifier, of sequences or of tokens, as the configuration's `architectures` says.
 
     Its inputs are `input_ids`, `attention_mask` and, for a model that tells two texts of a pair apart,
-    `token_type_ids`, all int64 (batch, sequence); its output is `logits` (batch, labels). Linear layers are spelled
-    Transpose(W) -> MatMul, as mobius spells them, so that the same pass finds them.
+    `token_type_ids`, all int64 (batch, sequence); its output is `logits` (batch, labels) or (batch, sequence, labels).
+    Linear layers are spelled Transpose(W) -> MatMul, as mobius spells them, so that the same pass finds them.
 
     Args:
         config: The model's configuration, without quantization.
@@ -44,15 +46,28 @@ def trace_graph(config: PreTrainedConfig, *, precision: str, file: str | Path) -
         CheckpointError: torch cannot trace the model for every batch and length.
     """
     with as_unsupported(config.model_type, file):
-        model = _unfilled_model(config, _DTYPES[precision])
-        traced = _trace(model, _example_inputs(model))
+        model = unfilled_model(config, DTYPES[precision])
+        inputs = _example_inputs(model)
+        axes = {name: {0: "batch", 1: "sequence"} for name in inputs}
+        traced = trace_module(model, inputs, axes, ["logits"])
     for value in (*traced.graph.inputs, *traced.graph.outputs):
         if value.shape is None or isinstance(value.shape[0], int):
             raise CheckpointError(
                 "the traced graph is for one size of batch only", file=file, tensor=value.name, found=value.shape
             )
-    traced.graph.name = config.model_type
-    sources = _empty_parameters(traced, model.state_dict())
+    return finish_trace(traced, config.model_type, model.state_dict())
+
+
+def finish_trace(traced: ir.Model, name: str, parameters: Mapping[str, torch.Tensor]) -> Graph:
+    """Make of what torch traced a graph whose weights are still to come, in place.
+
+    Args:
+        traced: From `trace_module`.
+        name: Of the graph.
+        parameters: The model's state: what of the initializers waits for its values.
+    """
+    traced.graph.name = name
+    sources = _empty_parameters(traced, parameters)
     _simplify(traced)
     _strip_metadata(traced)
     _spell_out_linears(traced, sources)
@@ -60,7 +75,7 @@ def trace_graph(config: PreTrainedConfig, *, precision: str, file: str | Path) -
     return Graph(traced, kept, genai_config={})
 
 
-def _unfilled_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def unfilled_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model with memory that is never touched for its parameters, and with its real constants.
 
     On the meta device there would be no constants (tables of positions), which the graph holds. Measured on
@@ -69,7 +84,7 @@ def _unfilled_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedM
     config = copy.deepcopy(config)
     config.use_cache = False
     with no_init_weights():
-        model: PreTrainedModel = auto_class("sequence-classification").from_config(
+        model: PreTrainedModel = auto_class(find_task(config.architectures)).from_config(
             config, attn_implementation="eager", dtype=dtype
         )
     model.train(False)
@@ -85,17 +100,33 @@ def _example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def _trace(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> ir.Model:
+def trace_module(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    axes: Mapping[str, Any],
+    outputs: Sequence[str],
+    *,
+    input_names: Sequence[str] | None = None,
+) -> ir.Model:
+    """What torch.onnx.export makes of a module.
+
+    Args:
+        model: The module, in evaluation mode.
+        inputs: An example of each, a tensor or a list of some, by the name of `forward`'s argument.
+        axes: The dimensions of each that may have any size, with their names.
+        outputs: Names of the outputs, in order.
+        input_names: Names of the tensors among the inputs, in order; None for the arguments'.
+    """
     with quiet("torch.onnx"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             model,
             (),
-            kwargs=inputs,
+            kwargs=dict(inputs),
             dynamo=True,
-            dynamic_shapes={name: {0: "batch", 1: "sequence"} for name in inputs},
-            input_names=list(inputs),
-            output_names=["logits"],
+            dynamic_shapes={name: axes.get(name, {}) for name in inputs},
+            input_names=list(input_names or inputs),
+            output_names=list(outputs),
             opset_version=_OPSET,
             optimize=False,  # it would fold what lies in the parameters' memory into the graph
             verbose=False,
@@ -142,6 +173,8 @@ def _spell_out_linears(model: ir.Model, sources: dict[str, WeightSource]) -> Non
             continue
         x, weight = node.inputs[:2]
         if x is None or weight is None or weight.name not in sources or len(list(weight.uses())) > 1:
+            continue
+        if weight.shape is None or len(weight.shape) != 2:
             continue
         factors = [node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")] if is_gemm else []
         if any(factor != 1.0 for factor in factors) or (is_gemm and node.attributes.get_int("transA")):

@@ -150,13 +150,13 @@ def _in_ir(values: torch.Tensor) -> ir.TensorProtocol:
     return ir.tensor_adapters.TorchTensor(values.clone())
 
 
-def write_model(model: ir.Model, directory: Path) -> None:
-    """Write the graph, which refers to the data file.
+def write_model(model: ir.Model, directory: Path, name: str = MODEL_NAME) -> None:
+    """Write a graph, which refers to the data file.
 
     Raises:
         OutputError: It could not be written.
     """
-    file = directory / MODEL_NAME
+    file = directory / name
     try:
         ir.save(model, file)
         _sync(file)

@@ -214,7 +214,7 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
         # PEFT's rule, which "norm" makes "input_layernorm" too; a part of a module that is saved is saved with it.
         matches = {name: module for name, module in model.named_modules() if name.endswith(wanted)}
         matches = {name: module for name, module in matches.items() if any(True for _ in module.parameters())}
-        if not matches and config.task_type == "SEQ_CLS" and wanted in _CLASSIFIER_HEADS:
+        if not matches and config.task_type in ("SEQ_CLS", "TOKEN_CLS") and wanted in _CLASSIFIER_HEADS:
             continue
         if not matches:
             near = difflib.get_close_matches(wanted, _endings(dict(model.named_modules())), n=3, cutoff=0.4)

@@ -24,7 +24,7 @@ from lora_deploy.quantization.quantize import expand_absmax, quantize
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.skeleton import describe_linear, find_aliases, make_skeleton, renamed_keys
 from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, Int8Weight, QuantizedWeight
-from lora_deploy.task import Task, find_task
+from lora_deploy.task import Task, find_task, is_classification
 
 __all__ = ["TrainingBase"]
 
@@ -75,9 +75,13 @@ class TrainingBase:
         self.scheme = self._agree(stored, scheme)
         self.task: Task = task or find_task(self.checkpoint.config.get("architectures"))
         self.config = self._read_config()
-        self._trained = dict(trained or {}) if self.task == "sequence-classification" else {}
+        self._trained = dict(trained or {}) if is_classification(self.task) else {}
         skeleton = self._make_skeleton()
         self.linears = {name: describe_linear(module) for name, module in linear_modules(skeleton).items()}
+        if self.task == "seq2seq-lm" and self.scheme.method != "none":
+            # transformers keeps these in floats, whatever it is asked for (T5's `wo`).
+            kept = sorted(set(skeleton._keep_in_fp32_modules or ()) | set(self.scheme.skip_modules))
+            self.scheme = self.scheme.model_copy(update={"skip_modules": tuple(kept)})
         self.heads = tuple(head_modules(skeleton))
         embedding = skeleton.get_input_embeddings()
         self.embedding = next((name for name, module in skeleton.named_modules() if module is embedding), None)
@@ -97,7 +101,7 @@ class TrainingBase:
             skeleton = make_skeleton(self.config, self.task)
         self._prefix = f"{skeleton.base_model_prefix}."
         self._renamed = renamed_keys(skeleton, self.checkpoint)
-        if self.task == "sequence-classification":
+        if is_classification(self.task):
             last = f"{next(reversed(head_modules(skeleton)), '')}.weight"
             shape = self._trained.get(last)
             if shape is not None and self._key(last) is None and shape[0] != self.config.num_labels:
@@ -148,7 +152,7 @@ class TrainingBase:
     @contextmanager
     def _as_bad_configuration(self) -> Iterator[None]:
         """Whatever transformers makes of a configuration that is wrong: its own exceptions have no common base."""
-        kind = "classifier" if self.task == "sequence-classification" else "causal language model"
+        kind = "classifier" if is_classification(self.task) else "causal language model"
         try:
             yield
         except Exception as error:
@@ -185,7 +189,7 @@ class TrainingBase:
 
     def _remedy_for(self, missing: list[str]) -> str:
         modules = dict.fromkeys(name.rpartition(".")[0] for name in missing)
-        if self.task == "sequence-classification" and set(modules) <= set(self.heads):
+        if is_classification(self.task) and set(modules) <= set(self.heads):
             roots = ", ".join(dict.fromkeys(module.partition(".")[0] for module in modules))
             return f"give a base with a trained head, or an adapter that was trained with modules_to_save: {roots}"
         return "copy or download the whole model again, or save it again with this version of transformers"

@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import UsageError
 from lora_deploy.run.adapters import Adapters
+from lora_deploy.run.classify import exported_task
 from lora_deploy.run.sampling import Sampling
 from lora_deploy.run.session import OnnxSession, Weights, numpy_of
 from lora_deploy.run.tokenizer import load_tokenizer
+from lora_deploy.task import is_classification
 
 __all__ = ["OnnxModel"]
 
@@ -56,10 +58,18 @@ class OnnxModel:
         weights: Weights = "stored",
     ) -> None:
         self.directory = Path(directory)
-        self.session = OnnxSession(self.directory, provider, weights)
-        if self.session.manifest is not None and self.session.manifest.task != "causal-lm":
+        if exported_task(self.directory) == "seq2seq-lm":
             raise UsageError(
-                "this export is a classifier: it writes no text", found=directory, remedy="open it with OnnxClassifier"
+                "this export is an encoder-decoder, which OnnxModel does not run",
+                found=directory,
+                remedy="open it with optimum's ORTModelForSeq2SeqLM, or its three graphs with OnnxSession",
+            )
+        self.session = OnnxSession(self.directory, provider, weights)
+        if self.session.manifest is not None and is_classification(self.session.manifest.task):
+            raise UsageError(
+                "this export is a classifier: it writes no text",
+                found=directory,
+                remedy="open it with OnnxClassifier, or OnnxTokenClassifier if it is one of tokens",
             )
         self.adapters = Adapters(self.session, self.directory)
         self.set_adapter(adapter)

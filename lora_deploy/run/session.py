@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -197,10 +197,11 @@ class OnnxSession:
 
         Returns:
             Logits, float32 (batch, new, vocabulary), and the cache with the new tokens. The cache stays on the device;
-            rows of padding hold logits without meaning. A classifier's logits are (batch, labels), its cache is empty.
+            rows of padding hold logits without meaning. A classifier's logits are (batch, labels) or, of
+            tokens, (batch, new, labels), and its cache is empty.
         """
         batch, new = input_ids.shape
-        feeds = {"input_ids": self.upload(input_ids), "attention_mask": self.upload(attention_mask)}
+        feeds: dict[str, Any] = {"input_ids": self.upload(input_ids), "attention_mask": self.upload(attention_mask)}
         if self.has_position_ids:
             positions = np.maximum(np.cumsum(attention_mask, axis=1) - 1, 0)[:, -new:]
             feeds["position_ids"] = self.upload(positions.astype(np.int64))
@@ -208,27 +209,47 @@ class OnnxSession:
             types = np.zeros_like(input_ids) if token_type_ids is None else token_type_ids
             feeds["token_type_ids"] = self.upload(types)
         feeds |= cache if cache is not None else self.empty_cache(batch)
-        binding = self.session.io_binding()
-        for name, value in {**feeds, **(adapter or {})}.items():
-            binding.bind_ortvalue_input(name, value)
-        in_place = self.writes_in_place and cache is not None and _room(cache) >= attention_mask.shape[1]
-        for name in self._outputs:
-            if in_place and name != "logits":
-                binding.bind_ortvalue_output(name, feeds[name.replace("present.", "past_key_values.", 1)])
-            else:
-                binding.bind_output(name, "cpu" if name == "logits" else self.provider)
-        self.session.run_with_iobinding(binding)
-        outputs = dict(zip(self._outputs, binding.get_outputs(), strict=True))
+        in_place = cache if self.writes_in_place and cache and _room(cache) >= attention_mask.shape[1] else None
+        outputs = self._run({**feeds, **(adapter or {})}, on_host=("logits",), in_place=in_place)
         logits = numpy_of(outputs.pop("logits")).astype(np.float32, copy=False)
-        if in_place:  # the OrtValues given: only they keep the memory
-            assert cache is not None
-            return logits, cache
+        if in_place is not None:  # the OrtValues given: only they keep the memory
+            return logits, in_place
         return logits, {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
+
+    def run(
+        self, inputs: Mapping[str, NDArray[Any]], adapter: Mapping[str, Any] | None = None
+    ) -> dict[str, NDArray[Any]]:
+        """Run a graph of any inputs and outputs, such as that of a torch module.
+
+        Args:
+            inputs: Every input, by name.
+            adapter: As `forward` takes it.
+
+        Returns:
+            Every output, by name.
+        """
+        feeds = {name: self.upload(values) for name, values in inputs.items()}
+        outputs = self._run({**feeds, **(adapter or {})}, on_host=self._outputs)
+        return {name: numpy_of(value) for name, value in outputs.items()}
+
+    def _run(self, feeds: Mapping[str, Any], on_host: Sequence[str], in_place: Cache | None = None) -> dict[str, Any]:
+        """The outputs as OrtValues: those that are named on the CPU, the others on the device, or in a cache."""
+        binding = self.session.io_binding()
+        for name, value in feeds.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in self._outputs:
+            place = (in_place or {}).get(name.replace("present.", "past_key_values.", 1))
+            if place is not None:
+                binding.bind_ortvalue_output(name, place)
+            else:
+                binding.bind_output(name, "cpu" if name in on_host else self.provider)
+        self.session.run_with_iobinding(binding)
+        return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
 
 def _room(cache: Cache) -> int:
     """Tokens a row that a cache can hold."""
-    return int(next(iter(cache.values())).shape()[2]) if cache else 0
+    return int(next(iter(cache.values())).shape()[2])
 
 
 def host_ortvalue(array: NDArray[Any]) -> Any:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from lora_deploy.quantization.base import TrainingBase
-from lora_deploy.task import Task
+from lora_deploy.task import Task, is_classification
 
 __all__ = ["Batch", "make_batches"]
 
@@ -33,7 +33,7 @@ class Batch:
         input_ids: int64 (batch, length).
         attention_mask: int64 (batch, length).
         decoded: How many tokens at the end are decoded.
-        task: Of the model. A classifier gives logits for each row, "of one token", and decodes nothing.
+        task: Of the model. A classifier decodes nothing; one of sequences gives logits for each row, "of one token".
     """
 
     name: str
@@ -50,6 +50,8 @@ class Batch:
         if self.task == "sequence-classification":
             return [(self.name, slice(None), torch.ones_like(self.attention_mask[:, :1]))]
         start, mask = self.prefilled, self.attention_mask
+        if is_classification(self.task):
+            return [(self.name, slice(None), mask)]
         return [
             (f"prefill, {self.name}", slice(None, start), mask[:, :start]),
             (f"decode, {self.name}", slice(start, None), mask[:, start:]),
@@ -68,7 +70,7 @@ class Batch:
 
 def make_batches(base: TrainingBase) -> list[Batch]:
     """The batches to compare: one padded on the right, one padded on the left, and a single long row."""
-    is_classifier = base.task == "sequence-classification"
+    is_classifier = is_classification(base.task)
     padding, context = 0, getattr(base.config, "max_position_embeddings", 2 * _LONG)
     if is_classifier:
         padding = base.config.pad_token_id or 0
@@ -76,7 +78,7 @@ def make_batches(base: TrainingBase) -> list[Batch]:
         context -= padding + 1 if padding + 1 < context // 2 else 0
     decoded = 0 if is_classifier else min(_DECODED, context // 2)
     *rows, long = _token_rows(base, context - decoded)
-    if is_classifier:  # a row is only one prediction, so there are three times as many
+    if base.task == "sequence-classification":  # a row is only one prediction, so there are three times as many
         rows += [row[: max(len(row) // part, 1)] for part in (2, 4) for row in rows]
     more = torch.randint(0, base.config.vocab_size, (len(rows), decoded), generator=torch.Generator().manual_seed(1))
     batches = []

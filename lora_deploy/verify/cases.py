@@ -78,7 +78,7 @@ class MixedBatch:
         self.number, self.batch = next((n, batch) for n, batch in enumerate(batches) if batch.name == "left-padded")
         rows = self.batch.input_ids.shape[0]
         choices = [None, *names]
-        choices += choices[: -len(choices) % rows]
+        choices = (choices * rows)[: -(-len(choices) // rows) * rows]
         self.runs = [choices[start : start + rows] for start in range(0, len(choices), rows)]
         self.references: dict[str | None, torch.Tensor] = {}
 

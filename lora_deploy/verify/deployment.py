@@ -18,6 +18,7 @@ from lora_deploy.layers.model import lora_layers
 from lora_deploy.manifest import read_metadata
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.text import HELD_OUT, Text, pick_text
+from lora_deploy.task import is_classification
 from lora_deploy.verify.batches import Batch, make_batches
 from lora_deploy.verify.deployed import DeployedWeights, load_deployed_twin
 from lora_deploy.verify.deployment_report import DeploymentResult
@@ -77,7 +78,7 @@ def measure_deployment(
     layers, survives = _survival(weights, base, adapter)
     twin = load_deployed_twin(weights, base, adapter) if deployed is None else deployed
     trained = load_twin(base) if adapter is None else apply_live(load_twin(base), adapter)
-    if base.task == "sequence-classification":
+    if is_classification(base.task):
         results = [_compare_classes(trained, twin, batch) for batch in make_batches(base)]
     else:
         without = _without_update(trained) if adapter is not None else None
@@ -114,7 +115,7 @@ def _compare_classes(trained: PreTrainedModel, deployed: PreTrainedModel, batch:
     def logits(model: PreTrainedModel) -> torch.Tensor:
         return compute_class_logits(model, batch.input_ids, batch.attention_mask)
 
-    everything = torch.ones_like(batch.attention_mask[:, :1])
+    _, _, everything = batch.phases()[0]
     reference = logits(trained)
     found = compare_logits(reference, logits(deployed), everything, tie_margin=0.0)
     base_kl = None

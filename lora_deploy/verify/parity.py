@@ -15,6 +15,7 @@ from lora_deploy.errors import InputError
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.text import Text
 from lora_deploy.run.session import Weights
+from lora_deploy.task import is_classification
 from lora_deploy.verify.batches import Batch, make_batches
 from lora_deploy.verify.cases import MixedBatch, compare_all, weak_effects
 from lora_deploy.verify.codes import check_adapter_codes, check_codes
@@ -33,7 +34,7 @@ from lora_deploy.verify.report import CaseResult, Metrics, ParityReport, check_c
 from lora_deploy.verify.sessions import Exported, open_sessions, run_export
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
 
-__all__ = ["check_parity", "run_export", "run_twin"]
+__all__ = ["check_parity", "library_versions", "run_export", "run_twin"]
 
 
 def check_parity(
@@ -73,6 +74,12 @@ def check_parity(
     """
     directory = Path(directory)
     check_comparison(data, max_kl)
+    if base.task == "seq2seq-lm":
+        from lora_deploy.verify.seq2seq import check_seq2seq_parity
+
+        return check_seq2seq_parity(
+            directory, base, adapters, provider=provider, max_kl=max_kl, on_progress=on_progress
+        )
     codes = check_codes(directory, base)
     check_adapter_codes(directory, adapters)
     deployed = DeployedWeights(directory)
@@ -99,7 +106,7 @@ def check_parity(
         max_kl=max_kl,
         bitsandbytes_gap=_bitsandbytes_gap(base, next(iter(adapters.values()), None), references.batches[0]),
         notes=notes,
-        versions=_versions(),
+        versions=library_versions(),
     )
     report.passed = report.passed and report.rounds_to_numbers and report.keeps_max_kl
     return report
@@ -192,7 +199,7 @@ def _trained_head(base: TrainingBase, adapters: Mapping[str, LoraAdapter]) -> Ma
 
     What it lacks is the low-rank update. Only an adapter that is alone in its export holds parameters whole.
     """
-    is_classifier = base.task == "sequence-classification"
+    is_classifier = is_classification(base.task)
     return next(iter(adapters.values())).parameters if is_classifier and adapters else {}
 
 
@@ -217,11 +224,12 @@ def _bitsandbytes_gap(base: TrainingBase, adapter: LoraAdapter | None, batch: Ba
 
 
 def _run_model(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    compute = compute_class_logits if batch.task == "sequence-classification" else compute_logits
+    compute = compute_class_logits if is_classification(batch.task) else compute_logits
     return compute(model, batch.input_ids, batch.attention_mask)
 
 
-def _versions() -> dict[str, str]:
+def library_versions() -> dict[str, str]:
+    """Of the libraries that ran, by name."""
     found = {}
     for name in (
         "bitsandbytes",

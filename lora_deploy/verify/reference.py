@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import bitsandbytes as bnb
 import torch
@@ -23,9 +23,11 @@ from lora_deploy.export.graph import quiet
 from lora_deploy.quantization import DenseWeight, load_base_model, quantize, quantized_weight
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.model import is_linear
-from lora_deploy.task import auto_class
+from lora_deploy.task import auto_class, is_classification
 
 __all__ = ["apply_live", "compute_class_logits", "compute_logits", "load_live_model", "load_twin", "put_parameters"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def load_twin(base: TrainingBase) -> PreTrainedModel:
@@ -56,10 +58,10 @@ def load_twin(base: TrainingBase) -> PreTrainedModel:
     return cast(PreTrainedModel, model.train(False))
 
 
-def apply_live(twin: PreTrainedModel, adapter: LoraAdapter) -> PreTrainedModel:
+def apply_live(twin: _Model, adapter: LoraAdapter) -> _Model:
     """Put an adapter beside the twin's layers, in place, as a branch that is never merged."""
     config = adapter.config.model_copy(update={"merge_weights": False})
-    return cast(PreTrainedModel, apply_adapter(twin, replace(adapter, config=config)).eval())
+    return cast(_Model, apply_adapter(twin, replace(adapter, config=config)).eval())
 
 
 def put_parameters(model: PreTrainedModel, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -78,12 +80,12 @@ def load_live_model(base: TrainingBase, adapter: LoraAdapter | None) -> PreTrain
 
 
 def _labels(base: TrainingBase) -> dict[str, Any]:
-    return {"num_labels": base.config.num_labels} if base.task == "sequence-classification" else {}
+    return {"num_labels": base.config.num_labels} if is_classification(base.task) else {}
 
 
 @torch.inference_mode()
 def compute_class_logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Logits of a classifier, as those of a text of one token.
+    """Logits of a classifier; of a classifier of sequences as those of a text of one token.
 
     Args:
         model: The twin.
@@ -91,12 +93,13 @@ def compute_class_logits(model: PreTrainedModel, input_ids: torch.Tensor, attent
         attention_mask: (batch, length), 0 for padding anywhere in a row.
 
     Returns:
-        float32 (batch, 1, labels).
+        float32 (batch, 1, labels), or (batch, length, labels) for a classifier of tokens.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
         output = model(input_ids=input_ids, attention_mask=attention_mask)
-    return cast(torch.Tensor, output.logits.float())[:, None]
+    logits = cast(torch.Tensor, output.logits.float())
+    return logits if logits.ndim == 3 else logits[:, None]
 
 
 @torch.inference_mode()

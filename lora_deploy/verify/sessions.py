@@ -15,6 +15,7 @@ import torch
 from lora_deploy.manifest import Manifest
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.session import OnnxSession, Weights, import_onnxruntime
+from lora_deploy.task import is_classification
 from lora_deploy.verify.batches import Batch
 from lora_deploy.verify.metrics import compare_logits, worst_of
 from lora_deploy.verify.report import Metrics
@@ -106,8 +107,9 @@ class Exported:
 def run_export(session: OnnxSession, batch: Batch, adapter: Mapping[str, Any]) -> torch.Tensor:
     """Logits of the whole batch, the last tokens one by one through the cache."""
     ids, mask = batch.input_ids.numpy(), batch.attention_mask.numpy()
-    if batch.task == "sequence-classification":
-        return torch.from_numpy(session.forward(ids, mask, adapter=adapter)[0])[:, None]
+    if is_classification(batch.task):
+        classes = torch.from_numpy(session.forward(ids, mask, adapter=adapter)[0])
+        return classes if classes.ndim == 3 else classes[:, None]
     first = batch.prefilled
     logits, cache = session.forward(ids[:, :first], mask[:, :first], adapter=adapter)
     parts = [logits]

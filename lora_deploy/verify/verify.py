@@ -20,7 +20,7 @@ from lora_deploy.run.session import Weights, check_weights
 from lora_deploy.verify.parity import check_parity
 from lora_deploy.verify.report import ParityReport, check_comparison
 
-__all__ = ["verify"]
+__all__ = ["expect_same", "read_provenance", "verify"]
 
 
 def verify(
@@ -59,13 +59,19 @@ def verify(
         raise UsageError("there is no such provider", found=provider, expected="cpu or cuda")
     check_weights(weights)
     check_comparison(data, max_kl)
-    entries = _read_provenance(directory)
+    entries = read_provenance(directory)
+    if entries.get("lora_deploy.task") == "module":
+        raise UsageError(
+            "this export was made from a torch module in memory, which only Python has",
+            found=directory,
+            remedy="call lora_deploy.verify_module(directory, module, adapter, example_inputs=...)",
+        )
     base_model = model if model is not None else entries["lora_deploy.base_model"]
     scheme = QuantizationScheme.model_validate_json(entries["lora_deploy.quantization"])
     read = _read_adapters(directory, entries, adapter)
     with _naming("--model"):
         base = open_base(base_model, scheme, read.values())
-    _expect(base.sha256(), entries["lora_deploy.base_sha256"], "base", base.directory, "--model")
+    expect_same(base.sha256(), entries["lora_deploy.base_sha256"], "base", base.directory, "--model")
     adapters = {name: drop_copies(lora, base) for name, lora in read.items()}
     _expect_adapters(adapters, entries)
     records = [TrainingRecord.load(lora.source) for lora in adapters.values()]
@@ -132,7 +138,7 @@ def _expect_adapters(adapters: Mapping[str, LoraAdapter], entries: Mapping[str, 
     recorded: dict[str, dict[str, str]] = json.loads(entries.get("lora_deploy.adapters", "{}"))
     for name in recorded.keys() & adapters.keys():
         found = hash_adapter(adapters[name])
-        _expect(found, recorded[name]["sha256"], "adapter", adapters[name].source, "--adapter")
+        expect_same(found, recorded[name]["sha256"], "adapter", adapters[name].source, "--adapter")
 
 
 def _name_and_place(
@@ -164,7 +170,19 @@ def _naming(option: str) -> Iterator[None]:
         raise
 
 
-def _expect(found: str, expected: str, what: str, file: str | Path, option: str) -> None:
+def expect_same(found: str, expected: str, what: str, file: str | Path, option: str) -> None:
+    """Make sure that a hash is the recorded one.
+
+    Args:
+        found: The hash.
+        expected: The one that the export recorded.
+        what: It is of, for the message.
+        file: Where that was read.
+        option: What names another.
+
+    Raises:
+        InputError: They differ.
+    """
     if found != expected:
         raise InputError(
             f"this is not the {what} that the export was made from",
@@ -175,12 +193,16 @@ def _expect(found: str, expected: str, what: str, file: str | Path, option: str)
         )
 
 
-def _read_provenance(directory: Path) -> dict[str, str]:
+def read_provenance(directory: Path) -> dict[str, str]:
     """The export's `metadata_props`, after its weights have been found whole."""
     file = directory / "model.onnx"
     entries = read_metadata(directory)
     if "lora_deploy.data_sha256" not in entries:
         raise CheckpointError("this model was not exported by lora-deploy", file=file)
+    for name, sha256 in json.loads(entries.get("lora_deploy.parts", "{}")).items():
+        part = directory / name
+        if not part.is_file() or hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
+            raise CheckpointError("a graph of the export is missing or damaged", file=part, remedy="export again")
     expected = entries["lora_deploy.data_sha256"]
     data = directory / f"model-{expected[:12]}.onnx.data"
     if not data.is_file():

@@ -8,17 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+)
 
 from lora_deploy.adapter import LoraUpdate
-from lora_deploy.errors import CheckpointError, ParityError, UsageError
+from lora_deploy.errors import AdapterError, CheckpointError, ParityError
 from lora_deploy.export import ExportResult, export_onnx, plan
 from lora_deploy.export.traced import trace_graph
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.quantization.model import keep_codes
 from lora_deploy.run import OnnxSession
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.verify import verify
@@ -248,19 +255,44 @@ def test_an_adapter_without_a_head_is_swapped_in(classifier_dir: ClassifierFacto
     assert _distance(_onnx_logits(result.output), peft_logits(base, None, "nf4")) <= 1e-3
 
 
-def test_a_pool_of_classifiers_is_refused(
+@pytest.mark.parametrize("method", METHODS)
+def test_a_pool_of_classifiers_gives_each_text_its_own_adapter(
+    method: str, classifier_dir: ClassifierFactory, tmp_path: Path
+) -> None:
+    """The pooler and the head read one token of each text: their masks have a dimension less."""
+    base, adapters = classifier_dir("bert"), {"mood": tmp_path / "mood", "theme": tmp_path / "theme"}
+    train_with_peft(base, adapters["mood"], ["query", "dense", "classifier"], task_type=None)
+    train_with_peft(base, adapters["theme"], ["value", "pooler.dense"], task_type=None, r=3, lora_alpha=20)
+    result = export_onnx(base, adapters, output=tmp_path / "out", quantization=method, merge=False, branch="pooled")
+    assert result.report is not None
+    assert result.report.passed
+    assert {"mood", "theme", "mixed 1"} <= {case.adapter for case in result.report.cases}
+    session = OnnxSession(result.output)
+    rows = ["theme", None, "mood", "mood"]
+    inputs = Adapters(session, result.output).row_inputs(rows)
+    expected = {name: peft_logits(base, name and adapters[name], method) for name in (None, *adapters)}
+    assert _distance(expected["mood"], expected[None]) > 0.1 < _distance(expected["theme"], expected[None])
+    for number, (ids, mask) in enumerate(padded_batches()):
+        found = torch.from_numpy(session.forward(ids.numpy(), mask.numpy(), adapter=inputs)[0])
+        for row, name in enumerate(rows):
+            assert float((found[row] - expected[name][number][row]).abs().max()) <= 1e-3
+
+
+def test_a_head_that_an_adapter_trained_whole_cannot_be_pooled(
     classifier_dir: ClassifierFactory, peft_adapter: ClassifierFactory, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="cannot be pooled") as caught:
-        export_onnx(
-            classifier_dir("bert"),
-            {"mood": peft_adapter("bert")},
-            output=tmp_path / "out",
-            quantization="none",
-            merge=False,
-            branch="pooled",
-        )
-    assert caught.value.details["found"] == "--branch --pool"
+    for branch in ("pooled", "hot-swap"):
+        with pytest.raises(AdapterError, match="trains parameters of the base whole") as caught:
+            export_onnx(
+                classifier_dir("bert"),
+                {"mood": peft_adapter("bert")},
+                output=tmp_path / "out",
+                quantization="none",
+                merge=False,
+                branch=branch,
+            )
+        assert caught.value.details["tensor"].startswith("classifier.")
+        assert caught.value.exit_code == 3
     assert not (tmp_path / "out").exists()
 
 
@@ -280,3 +312,30 @@ def test_layers_of_the_head_are_no_linears(classifier_dir: ClassifierFactory) ->
     assert not set(base.heads) & set(base.linears)
     assert not base.holds_codes("classifier")
     assert AutoConfig.from_pretrained(base.directory).num_labels == base.config.num_labels == 3
+
+
+@pytest.mark.parametrize("branch", [None, "fixed", "hot-swap"])
+def test_a_head_that_was_quantized_too_is_read_from_a_quantized_checkpoint(
+    branch: str | None, classifier_dir: ClassifierFactory, tmp_path: Path
+) -> None:
+    """transformers quantizes it unless it is told not to. A dense checkpoint cannot say so: there is a warning."""
+    dense, base, adapter = classifier_dir("roberta"), tmp_path / "base", tmp_path / "mood"
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    theirs = AutoModelForSequenceClassification.from_pretrained(
+        dense, quantization_config=BitsAndBytesConfig(**options)
+    )
+    theirs.save_pretrained(base)
+    train_with_peft(dense, adapter, ["query", "dense", "out_proj"], task_type=None)
+    assert TrainingBase(base).holds_codes("classifier.out_proj")
+    result = export_onnx(base, adapter, output=tmp_path / "out", merge=branch is None, branch=branch)
+    assert result.warnings == ()
+    keep_codes(theirs)
+    model = peft.PeftModel.from_pretrained(theirs, adapter).eval()
+    with torch.no_grad():
+        expected = [model(input_ids=ids, attention_mask=mask).logits for ids, mask in padded_batches()]
+    name = "mood" if branch == "hot-swap" else None
+    assert _distance(_onnx_logits(result.output, name), expected) <= 1e-3
+    if branch is None:
+        other = export_onnx(dense, adapter, output=tmp_path / "other", quantization="nf4")
+        assert "classifier.dense, classifier.out_proj" in other.warnings[0]
+        assert _distance(_onnx_logits(other.output), expected) > 1e-2

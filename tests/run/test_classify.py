@@ -8,13 +8,22 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForTokenClassification, AutoTokenizer
 
 from lora_deploy.errors import UsageError
 from lora_deploy.export import export_onnx
-from lora_deploy.run import OnnxClassifier, OnnxModel
+from lora_deploy.run import OnnxClassifier, OnnxModel, OnnxTokenClassifier
 from lora_deploy.run.classify import _choose_squash
-from tests.classifiers import LABELS, ClassifierFactory, classifier_dir, load_theirs, peft_adapter, remembered_traces
+from tests.classifiers import (
+    LABELS,
+    ClassifierFactory,
+    classifier_dir,
+    load_theirs,
+    peft_adapter,
+    remembered_traces,
+    save_classifier,
+    train_with_peft,
+)
 from tests.commands import Command, assert_one_message
 from tests.run.conftest import talking_export
 
@@ -131,3 +140,33 @@ def test_several_labels_a_text_are_probabilities_of_their_own() -> None:
     assert several[0].tolist() == pytest.approx([0.5, 0.8807970779])
     assert _choose_squash({"problem_type": "regression"}, 1)(logits) is logits
     assert _choose_squash({}, 2)(logits).sum() == pytest.approx(1.0)
+
+
+def test_texts_get_a_class_for_each_token_on_the_command_line_too(tmp_path: Path, command: Command) -> None:
+    base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    save_classifier("distilbert", base, kind=AutoModelForTokenClassification)
+    train_with_peft(base, adapter, ["q_lin", "v_lin"], task_type="TOKEN_CLS")
+    export_onnx(base, adapter, output=output, quantization="none", verify=False)
+    texts = ["Ada met Bob", "no"]
+    found = OnnxTokenClassifier(output).classify(texts)
+    model = peft.PeftModel.from_pretrained(load_theirs(base, "none"), adapter).eval()
+    encoded = AutoTokenizer.from_pretrained(base)(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits.softmax(-1)
+    for number, row in enumerate(found):
+        kept = encoded["attention_mask"][number].bool()
+        best = expected[number][kept].max(-1)
+        assert [one.label for one in row] == [LABELS[index] for index in best.indices.tolist()]
+        assert [one.probability for one in row] == pytest.approx(best.values.tolist(), abs=1e-5)
+    ended = command("run", output, "--prompt", texts[0])
+    assert ended.code == 0, ended.err
+    assert [line.split()[1] for line in ended.out.splitlines()] == [one.label for one in found[0]]
+    printed = json.loads(command("run", output, "--prompt", texts[0], "--json").out)["tokens"]
+    assert [one["token"] for one in printed] == [one.token for one in found[0]]
+    with pytest.raises(UsageError, match="is no classifier") as caught:
+        OnnxClassifier(output)
+    assert caught.value.details["remedy"] == "open it with OnnxTokenClassifier"
+    with pytest.raises(UsageError, match="is a classifier"):
+        OnnxModel(output)
+    with pytest.raises(UsageError, match="takes a list of texts"):
+        OnnxTokenClassifier(output).classify([])

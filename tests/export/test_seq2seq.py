@@ -1,0 +1,333 @@
+"""T5: three graphs and one file of weights, against released PEFT on padded batches, prefill and cached decode."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import peft
+import pytest
+import torch
+from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig, T5Config, T5ForConditionalGeneration
+
+from lora_deploy.errors import CheckpointError, OutputError, ParityError, UsageError
+from lora_deploy.export import ExportResult, export_onnx, plan, seq2seq
+from lora_deploy.export import merge as merging
+from lora_deploy.export.graph import Graph
+from lora_deploy.quantization import QuantizationScheme
+from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.quantization.model import keep_codes
+from lora_deploy.run import OnnxModel
+from lora_deploy.verify import verify
+from lora_deploy.verify.seq2seq import _Batch, open_parts, run_parts
+
+# T5 1.0, whose head is the embedding, scaled, and T5 1.1, with a head and a gate of its own.
+KINDS: dict[str, dict[str, Any]] = {
+    "tied": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
+    "gated": {
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "num_layers": 1,
+        "num_decoder_layers": 2,
+    },
+}
+TARGETS = ["q", "k", "v", "o", "wi", "wo", "wi_0", "wi_1"]
+VOCABULARY = 131
+
+
+def _save(kind: str, directory: Path) -> None:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        d_kv=12,
+        d_ff=112,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=20,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+        **({"num_layers": 2} | KINDS[kind]),
+    )
+    config.tie_word_embeddings = kind == "tied"  # what T5Config makes of its argument is always True
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                size = 2.5 if name == "decoder.final_layer_norm.weight" else 1.0  # so that logits are of order 10
+                parameter.copy_(size + torch.randn_like(parameter) * 0.1)
+            elif "relative" in name:
+                parameter.copy_(torch.randn_like(parameter) * 2)
+            elif name == "lm_head.weight":
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+            elif name != "shared.weight":  # what is read must outweigh the embedding of the last token
+                parameter.mul_(5 if name.endswith(("o.weight", "wo.weight")) else 2)
+    model.save_pretrained(directory)
+
+
+def _theirs(directory: Path, method: str) -> Any:
+    options: dict[str, Any] = {}
+    if method == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    model = AutoModelForSeq2SeqLM.from_pretrained(directory, **options)
+    keep_codes(model)
+    return model.eval()
+
+
+def _train(base: Path, directory: Path, targets: list[str], **config: Any) -> None:
+    torch.manual_seed(1)
+    present = {name.rpartition(".")[2] for name, _ in _theirs(base, "none").named_modules()}
+    options = {"task_type": "SEQ_2_SEQ_LM", "r": 4, "lora_alpha": 10} | config
+    model: Any = peft.get_peft_model(
+        _theirs(base, "none"), peft.LoraConfig(target_modules=[name for name in targets if name in present], **options)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(directory)
+
+
+def _batches() -> list[_Batch]:
+    """The same texts padded on the right and on the left, and answers."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(2, VOCABULARY, (length,), generator=generator) for length in (13, 9, 1, 6)]
+    answers = torch.randint(2, VOCABULARY, (4, 10), generator=generator)
+    batches = []
+    for left in (False, True):
+        ids = torch.zeros(len(rows), 13, dtype=torch.int64)
+        for row, tokens in zip(ids, rows, strict=True):
+            row[slice(13 - len(tokens), 13) if left else slice(0, len(tokens))] = tokens
+        batches.append(_Batch("left" if left else "right", ids, (ids != 0).long(), answers))
+    return batches
+
+
+@torch.no_grad()
+def _expected(base: Path, adapter: Path | None, method: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What released PEFT computes with the adapter live: the encoder's output, and logits."""
+    model = _theirs(base, method)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter).eval()
+    found = []
+    for batch in _batches():
+        output = model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, decoder_input_ids=batch.decoder_ids
+        )
+        found.append((output.encoder_last_hidden_state, output.logits))
+    return found
+
+
+def _distance(directory: Path, expected: list[tuple[torch.Tensor, torch.Tensor]], adapter: str | None = None) -> float:
+    parts, worst = open_parts(directory), 0.0
+    for batch, (hidden, logits) in zip(_batches(), expected, strict=True):
+        found = run_parts(parts, directory, adapter, batch)
+        mask = batch.attention_mask.bool()
+        worst = max(worst, float((found.hidden - hidden)[mask].abs().max()), float((found.logits - logits).abs().max()))
+    return worst
+
+
+Factory = Callable[[str], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _remembered() -> Any:
+    """Trace each model once and hand out copies."""
+    made: dict[str, dict[str, Graph]] = {}
+
+    def trace(config: Any, aliases: Any, **options: Any) -> dict[str, Graph]:
+        key = f"{config.to_json_string()} {aliases} {options['precision']}"
+        if key not in made:
+            made[key] = seq2seq.trace_parts(config, aliases, **options)
+        return {name: Graph(one.model.clone(), dict(one.sources), {}) for name, one in made[key].items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "trace_parts", trace)
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Factory:
+    """`trained(kind)`: a base, and an adapter of all linear layers of its blocks. Do not change them."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(kind: str) -> tuple[Path, Path]:
+        if kind not in made:
+            directory = tmp_path_factory.mktemp(kind)
+            _save(kind, directory / "base")
+            _train(directory / "base", directory / "adapter", TARGETS)
+            made[kind] = directory / "base", directory / "adapter"
+        return made[kind]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def merged(trained: Factory, tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
+    """A merged export of the tied model. Do not change it."""
+    base, adapter = trained("tied")
+    return export_onnx(base, adapter, output=tmp_path_factory.mktemp("merged") / "out", quantization="none")
+
+
+@pytest.mark.parametrize("branch", [None, "fixed", "hot-swap"])
+@pytest.mark.parametrize("method", ["none", "nf4"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_encoder_prefill_and_cached_decode_are_those_of_peft(
+    kind: str, method: str, branch: str | None, trained: Factory, tmp_path: Path
+) -> None:
+    base, adapter = trained(kind)
+    result = export_onnx(
+        base, adapter, output=tmp_path / "out", quantization=method, merge=branch is None, branch=branch
+    )
+    assert result.report is not None
+    assert result.report.passed
+    assert result.report.control_failed
+    assert (result.report.codes is not None) == (method == "nf4" and branch is not None)
+    batches = ("right-padded", "left-padded", "single")
+    assert {case.name for case in result.report.cases} == {
+        f"{part}, {batch}" for part in ("encoder", "prefill", "decode") for batch in batches
+    }
+    expected = _expected(base, adapter, method)
+    name = "adapter" if branch == "hot-swap" else None
+    assert 3 < max(float(logits.abs().max()) for _, logits in expected) < 30
+    assert ("lm_head.weight" in TrainingBase(base).aliases) == (kind == "tied")
+    assert _distance(result.output, expected, name) <= 1e-3
+    alone = _expected(base, None, method)
+    assert min(float((one[1] - two[1]).abs().max()) for one, two in zip(alone, expected, strict=True)) > 0.5
+    assert _distance(result.output, alone, name) > 0.1
+    if method == "nf4":  # the weights before quantization are another function
+        assert _distance(result.output, _expected(base, adapter, "none"), name) > 1e-2
+    if branch == "hot-swap":
+        assert _distance(result.output, alone) <= 1e-3
+
+
+def test_a_lost_update_fails_the_gate(trained: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter = trained("tied")
+    monkeypatch.setattr(merging, "_add", lambda values, update: values)
+    with pytest.raises(ParityError, match="does not compute what was trained"):
+        export_onnx(base, adapter, output=tmp_path / "out", quantization="none")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_an_adapter_of_the_decoder_and_of_the_tied_head_unties_it(trained: Factory, tmp_path: Path) -> None:
+    """The encoder is the base's then, and no control; the embedding keeps its values."""
+    base, _ = trained("tied")
+    adapter = tmp_path / "adapter"
+    _train(base, adapter, ["lm_head"])
+    result = export_onnx(base, adapter, output=tmp_path / "out", quantization="none")
+    assert result.report is not None
+    for case in result.report.cases:
+        assert (case.control is None) == case.name.startswith("encoder")
+    assert _distance(result.output, _expected(base, adapter, "none")) <= 1e-3
+
+
+def test_the_files_are_those_that_optimum_opens(merged: ExportResult) -> None:
+    output = merged.output
+    assert {file.name for file in output.glob("*.onnx")} == {"model.onnx", *seq2seq.PARTS}
+    assert len(list(output.glob("*.onnx.data"))) == 1
+    names = {
+        file: [[value.name for value in side] for side in (graph.inputs, graph.outputs)]
+        for file in seq2seq.PARTS
+        for graph in (ir.load(output / file).graph,)
+    }
+    cache = [
+        f"{layer}.{side}.{kind}" for layer in (0, 1) for side in ("decoder", "encoder") for kind in ("key", "value")
+    ]
+    own = [name for name in cache if ".decoder." in name]
+    assert names["encoder_model.onnx"] == [["input_ids", "attention_mask"], ["last_hidden_state"]]
+    assert names["decoder_model.onnx"] == [
+        ["encoder_attention_mask", "input_ids", "encoder_hidden_states"],
+        ["logits", *(f"present.{name}" for name in cache)],
+    ]
+    assert names["decoder_with_past_model.onnx"] == [
+        ["encoder_attention_mask", "input_ids", *(f"past_key_values.{name}" for name in cache)],
+        ["logits", *(f"present.{name}" for name in own)],
+    ]
+
+
+def test_every_weight_is_stored_once(merged: ExportResult, trained: Factory) -> None:
+    """Both decoders read the same, and the embedding is encoder's, decoder's and head's."""
+    parameters = sum(values.numel() for values in _theirs(trained("tied")[0], "none").parameters())
+    file = next(merged.output.glob("*.onnx.data"))
+    assert file.stat().st_size < 4 * parameters * 1.2 + 100 * 4096  # with what alignment takes
+
+
+def test_verify_reads_all_three_graphs_again(merged: ExportResult, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(merged.output, tmp_path / "out"))
+    (output / "parity.json").unlink()
+    assert verify(output).passed
+    assert (output / "parity.json").is_file()
+    for name in seq2seq.PARTS:
+        broken = Path(shutil.copytree(merged.output, tmp_path / name))
+        (broken / name).write_bytes((broken / name).read_bytes()[:-1])
+        with pytest.raises(CheckpointError, match="a graph of the export is missing or damaged"):
+            verify(broken)
+
+
+def test_one_export_never_takes_the_place_of_another(merged: ExportResult, trained: Factory, tmp_path: Path) -> None:
+    """Four files cannot be replaced at once, so that what is there stays as it is."""
+    output = Path(shutil.copytree(merged.output, tmp_path / "out"))
+    before = {file.name: file.read_bytes() for file in output.iterdir()}
+    base, adapter = trained("gated")
+    with pytest.raises(OutputError, match="an export of several graphs is not replaced"):
+        export_onnx(base, adapter, output=output, quantization="none", overwrite=True)
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+
+
+@pytest.mark.parametrize("stopped", [*seq2seq.PARTS, "model.onnx"])
+def test_an_export_that_is_stopped_at_any_file_leaves_nothing(
+    stopped: str, trained: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`model.onnx` comes last: without it there is no export."""
+    own, order = Path.replace, []
+
+    def replace(self: Path, target: Path) -> Path:
+        order.append(self.name)
+        if self.name == stopped:
+            raise OSError(28, "No space left on device", str(self))
+        return own(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    base, adapter = trained("tied")
+    with pytest.raises(OutputError):
+        export_onnx(base, adapter, output=tmp_path / "out", quantization="none", verify=False)
+    assert "model.onnx" not in order[:-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_not_made_for_an_encoder_decoder_is_refused(trained: Factory, tmp_path: Path) -> None:
+    base, adapter = trained("tied")
+    for options in (
+        {"precision": "int4"},
+        {"precision": "bf16", "provider": "cuda"},
+        {"merge": False, "branch": "pooled"},
+        {"merge": False, "adapter_precision": "int8"},
+    ):
+        with pytest.raises(UsageError, match="not made for encoder-decoders"):
+            export_onnx(base, {"one": adapter}, output=tmp_path / "out", quantization="none", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_onnx_model_says_what_opens_it(merged: ExportResult) -> None:
+    with pytest.raises(UsageError, match="is an encoder-decoder") as caught:
+        OnnxModel(merged.output)
+    assert "ORTModelForSeq2SeqLM" in caught.value.details["remedy"]
+
+
+def test_transformers_keeps_wo_in_floats(trained: Factory) -> None:
+    base, _ = trained("gated")
+    opened = TrainingBase(base, QuantizationScheme(method="nf4"))
+    kept = {name for name, module in _theirs(base, "nf4").named_modules() if type(module) is torch.nn.Linear}
+    assert {name for name in (*opened.linears, *opened.heads) if not opened.holds_codes(name)} == kept
+    assert "encoder.block.0.layer.1.DenseReluDense.wo" in kept

@@ -99,8 +99,8 @@ def note_head(base: TrainingBase, adapters: Iterable[LoraAdapter], recorded: boo
     if not unknown:
         return None
     return (
-        f"the head ({', '.join(unknown)}) is taken to have been in floats in training, as with llm_int8_skip_modules; if "
-        "it was quantized too, save the quantized model with save_pretrained() and export from that"
+        f"the head ({', '.join(unknown)}) is taken to have been in floats in training, as with llm_int8_skip_modules; "
+        "if it was quantized too, save the quantized model with save_pretrained() and export from that"
     )
 
 

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_deploy.adapter import save_adapter
+from lora_deploy.adapter import LoraUpdate, save_adapter
 from lora_deploy.config import LoraConfig
 from lora_deploy.errors import AdapterError, CheckpointError, InputError, LoraDeployError, ParityError, UsageError
 from lora_deploy.export import export_onnx
-from lora_deploy.export import merge as merging
 from lora_deploy.layers import get_lora_model
 from lora_deploy.layers.model import lora_layers
 from lora_deploy.quantization import QuantizationScheme, quantize_model
@@ -184,13 +183,29 @@ def test_the_length_may_vary_where_it_is_named(adapter: Path, tmp_path: Path) ->
     assert _run(result.output, inputs)["features"].shape == (2, 23, 96)
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape. .*lora_B.bias")
+@pytest.mark.parametrize("setting", ["use_dora", "lora_bias"])
+@pytest.mark.parametrize("branch", [None, "fixed"])
+def test_a_dora_and_a_bias_of_b_are_carried_over(branch: str | None, setting: str, tmp_path: Path) -> None:
+    directory = tmp_path / "adapter"
+    _train(directory, **{setting: True})
+    result = export_onnx(
+        _net(), directory, output=tmp_path / "out", merge=branch is None, branch=branch, example_inputs=INPUTS
+    )
+    inputs = _rows(4)
+    assert _distance(_run(result.output, inputs), _peft(directory, _net(), inputs)) <= 1e-3
+    assert result.report is not None
+    assert result.report.control_failed
+
+
 @pytest.mark.parametrize("branch", [None, "fixed"])
 def test_a_lost_update_fails_the_gate(
     branch: str | None, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lora_deploy.export import export
 
-    monkeypatch.setattr(merging, "_add", lambda values, update: values)
+    monkeypatch.setattr(LoraUpdate, "merge_into", lambda update, values: values)
     if branch is not None:
         own = export.stream_branches
         monkeypatch.setattr(

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig, T5Config, T5ForConditionalGeneration
 
+from lora_deploy.adapter import LoraUpdate
 from lora_deploy.errors import CheckpointError, OutputError, ParityError, UsageError
 from lora_deploy.export import ExportResult, export_onnx, plan, seq2seq
-from lora_deploy.export import merge as merging
 from lora_deploy.export.graph import Graph
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
@@ -209,9 +209,25 @@ def test_encoder_prefill_and_cached_decode_are_those_of_peft(
         assert _distance(result.output, alone) <= 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape. .*lora_B.bias")
+@pytest.mark.parametrize("setting", ["use_dora", "lora_bias"])
+@pytest.mark.parametrize("branch", [None, "fixed"])
+def test_a_dora_and_a_bias_of_b_are_in_every_graph(
+    branch: str | None, setting: str, trained: Factory, tmp_path: Path
+) -> None:
+    base, _ = trained("tied")
+    _train(base, tmp_path / "adapter", TARGETS, **{setting: True})
+    result = export_onnx(
+        base, tmp_path / "adapter", output=tmp_path / "out", quantization="none", merge=branch is None, branch=branch
+    )
+    assert _distance(result.output, _expected(base, tmp_path / "adapter", "none")) <= 1e-3
+    assert _distance(result.output, _expected(base, None, "none")) > 0.1
+
+
 def test_a_lost_update_fails_the_gate(trained: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = trained("tied")
-    monkeypatch.setattr(merging, "_add", lambda values, update: values)
+    monkeypatch.setattr(LoraUpdate, "merge_into", lambda update, values: values)
     with pytest.raises(ParityError, match="does not compute what was trained"):
         export_onnx(base, adapter, output=tmp_path / "out", quantization="none")
     assert not (tmp_path / "out").exists()

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, AutoModelForTokenClassification
 
+from lora_deploy.adapter import LoraUpdate
 from lora_deploy.errors import ParityError
 from lora_deploy.export import export_onnx
-from lora_deploy.export import merge as merging
 from lora_deploy.manifest import Manifest
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.run import OnnxSession
@@ -97,7 +97,7 @@ def test_an_export_that_loses_the_update_fails_the_gate(
     trained: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, adapter = trained("bert")
-    monkeypatch.setattr(merging, "_add", lambda values, update: values)
+    monkeypatch.setattr(LoraUpdate, "merge_into", lambda update, values: values)
     with pytest.raises(ParityError, match="does not compute what was trained"):
         export_onnx(base, adapter, output=tmp_path / "out", quantization="none")
     assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ import typer
 from lora_deploy.cli_adapter import Json, Quiet, adapter_app
 from lora_deploy.cli_export import export, verify
 from lora_deploy.cli_models import models
+from lora_deploy.cli_plan import plan
 from lora_deploy.cli_recipes import recipes_app
 from lora_deploy.cli_run import run
 from lora_deploy.errors import LoraDeployError
@@ -134,6 +135,7 @@ def train(
     console.print(f"the adapter is in {result.output}", soft_wrap=True, markup=False)
 
 
+app.command()(plan)
 app.command()(export)
 app.command()(verify)
 app.command()(run)

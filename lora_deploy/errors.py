@@ -3,6 +3,7 @@
 * LoraDeployError (1: a bug of ours)
 
   x UsageError (2: the command or its options)
+    + DivergenceError
   x InputError (3: bad or mismatched input)
     + ConfigError
     + CheckpointError
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DivergenceError",
     "InputError",
     "LoraDeployError",
     "OutputError",
@@ -76,6 +78,10 @@ class UsageError(LoraDeployError):
     """The command line or the arguments of a function ask for something that cannot be."""
 
     exit_code = 2
+
+
+class DivergenceError(UsageError):
+    """Training came to a loss that is no number: the learning rate is too high."""
 
 
 class InputError(LoraDeployError):

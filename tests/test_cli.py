@@ -18,7 +18,7 @@ from tests.export.conftest import adapter_dir
 
 __all__ = ["adapter_dir", "command"]
 
-COMMANDS = ("train", "export", "verify", "run", "models", "demo")
+COMMANDS = ("train", "plan", "export", "verify", "run", "models", "demo")
 REPORT_KEYS = {
     "activation_rounding",
     "bitsandbytes_gap",

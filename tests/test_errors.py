@@ -10,6 +10,7 @@ from lora_deploy.errors import InputError, LoraDeployError
 EXIT_CODES = {
     "LoraDeployError": 1,
     "UsageError": 2,
+    "DivergenceError": 2,
     "InputError": 3,
     "ConfigError": 3,
     "CheckpointError": 3,

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from lora_deploy.train.trainer import AdapterTrainer
 
-__all__ = ["train_adapter"]
+__all__ = ["load_tokenizer", "row_length", "train_adapter"]
 
 _DEFAULT_LENGTH = 1024
 
@@ -95,7 +95,7 @@ def train_adapter(options: TrainOptions, *, console: Console | None = None) -> T
         if args.process_index:
             console = Console(quiet=True)
         with console.status("reading the data"):
-            tokenizer = _load_tokenizer(base.directory)
+            tokenizer = load_tokenizer(base.directory)
             data = _load_data(options, base, tokenizer)
         for warning in data.warnings:
             console.print(f"warning: {warning}")
@@ -132,13 +132,19 @@ def _open_base(options: TrainOptions) -> TrainingBase:
     return base
 
 
-def _max_length(options: TrainOptions, base: TrainingBase) -> int:
-    if options.max_length is not None:
-        return options.max_length
+def row_length(asked: int | None, base: TrainingBase) -> int:
+    """Tokens that are kept of a row: as many as asked for, or 1024, or less where the model takes less."""
+    if asked is not None:
+        return asked
     return min(_DEFAULT_LENGTH, getattr(base.config, "max_position_embeddings", None) or _DEFAULT_LENGTH)
 
 
-def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a base.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -158,7 +164,7 @@ def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def _load_data(options: TrainOptions, base: TrainingBase, tokenizer: PreTrainedTokenizerBase) -> _Data:
-    length = _max_length(options, base)
+    length = row_length(options.max_length, base)
     found = load_examples(options.data, tokenizer, length, chat_template=options.chat_template)
     notes = found.warnings(options.data, length)
     if options.eval_data is not None:

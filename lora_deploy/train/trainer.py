@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from lora_deploy.adapter import TrainingRecord, load_adapter, save_adapter
 from lora_deploy.data.examples import IGNORED
-from lora_deploy.errors import OutputError, UsageError
+from lora_deploy.errors import DivergenceError, OutputError
 from lora_deploy.train.batches import EpochSampler, Row, Rows, collate_packed, collate_padded
 from lora_deploy.train.checkpoints import save_options
 
@@ -105,11 +105,11 @@ class AdapterTrainer(Trainer):
         """Add the speed to a line of the log, and stop when the loss is no number any more.
 
         Raises:
-            UsageError: The training diverged.
+            DivergenceError: The training diverged.
         """
         if "loss" in logs:
             if not math.isfinite(logs["loss"]):
-                raise UsageError(
+                raise DivergenceError(
                     f"the loss is not finite after step {self.state.global_step}: the training diverged",
                     found=logs["loss"],
                     remedy="lower --learning-rate; checkpoints from before stay where they are",

@@ -1,0 +1,1 @@
+"""Where to adapt: kinds, choices, costs, and the study."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -331,3 +332,24 @@ def test_transformers_keeps_wo_in_floats(trained: Factory) -> None:
     kept = {name for name, module in _theirs(base, "nf4").named_modules() if type(module) is torch.nn.Linear}
     assert {name for name in (*opened.linears, *opened.heads) if not opened.holds_codes(name)} == kept
     assert "encoder.block.0.layer.1.DenseReluDense.wo" in kept
+
+
+@pytest.mark.slow
+def test_wo_keeps_its_precision_where_the_rest_is_loaded_in_float16(trained: Factory, tmp_path: Path) -> None:
+    """As transformers loads it; rounded to float16 it would fail the gate."""
+    dense, adapter = trained("tied")
+    base = Path(shutil.copytree(dense, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    result = export_onnx(base, adapter, output=tmp_path / "out", quantization="none", precision="fp32")
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(base, dtype="auto")
+    assert theirs.shared.weight.dtype == torch.float16
+    assert theirs.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    model = peft.PeftModel.from_pretrained(theirs.float(), adapter).eval()
+    parts = open_parts(result.output)
+    for batch in _batches():
+        with torch.no_grad():
+            logits = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, decoder_input_ids=batch.decoder_ids
+            ).logits
+        assert float((run_parts(parts, result.output, None, batch).logits - logits).abs().max()) <= 1e-3

@@ -12,7 +12,14 @@ import onnx_ir as ir
 import peft
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lora_deploy.errors import CheckpointError, OutputError, ParityError, UsageError
 from lora_deploy.export import ExportResult, export_onnx, plan, seq2seq
@@ -25,9 +32,10 @@ from lora_deploy.run import OnnxModel
 from lora_deploy.verify import verify
 from lora_deploy.verify.seq2seq import _Batch, open_parts, run_parts
 
-# T5 1.0, whose head is the embedding, scaled, and T5 1.1, with a head and a gate of its own.
+# T5 1.0, whose head is the embedding, scaled; T5 1.1 and mT5, with a head and a gate of their own.
 KINDS: dict[str, dict[str, Any]] = {
     "tied": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
+    "mt5": {"tie_word_embeddings": False, "num_layers": 1, "num_decoder_layers": 2},
     "gated": {
         "feed_forward_proj": "gated-gelu",
         "tie_word_embeddings": False,
@@ -41,7 +49,8 @@ VOCABULARY = 131
 
 def _save(kind: str, directory: Path) -> None:
     torch.manual_seed(0)
-    config = T5Config(
+    is_mt5 = kind == "mt5"
+    config = (MT5Config if is_mt5 else T5Config)(
         vocab_size=VOCABULARY,
         d_model=64,
         d_kv=12,
@@ -55,7 +64,7 @@ def _save(kind: str, directory: Path) -> None:
         **({"num_layers": 2} | KINDS[kind]),
     )
     config.tie_word_embeddings = kind == "tied"  # what T5Config makes of its argument is always True
-    model = T5ForConditionalGeneration(config)
+    model = (MT5ForConditionalGeneration if is_mt5 else T5ForConditionalGeneration)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -180,7 +189,7 @@ def merged(trained: Factory, tmp_path_factory: pytest.TempPathFactory) -> Export
 
 @pytest.mark.parametrize("branch", [None, "fixed", "hot-swap"])
 @pytest.mark.parametrize("method", ["none", "nf4"])
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", ["tied", "gated", pytest.param("mt5", marks=pytest.mark.slow)])
 def test_encoder_prefill_and_cached_decode_are_those_of_peft(
     kind: str, method: str, branch: str | None, trained: Factory, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from lora_deploy.adapter import save_adapter
 from lora_deploy.config import LoraConfig
 from lora_deploy.errors import AdapterError, CheckpointError, InputError, LoraDeployError, ParityError, UsageError
-from lora_deploy.export import export_onnx
+from lora_deploy.export import export_onnx, traced
 from lora_deploy.export import merge as merging
+from lora_deploy.export import module as module_export
 from lora_deploy.layers import get_lora_model
 from lora_deploy.layers.model import lora_layers
 from lora_deploy.quantization import QuantizationScheme, quantize_model
@@ -101,6 +103,24 @@ def _rows(count: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
     signal = torch.randn(count, 3, 10, generator=generator)
     return {"signal": signal, "scale": torch.rand(count, generator=generator) + 0.5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _remembered() -> Iterator[None]:
+    """Trace `Net` once for each type and its dynamic sizes, and hand out copies."""
+    made: dict[str, Any] = {}
+
+    def trace(model: nn.Module, inputs: Any, axes: Any, outputs: Any) -> Any:
+        if not isinstance(model, Net):
+            return traced.trace_module(model, inputs, axes, outputs)
+        key = f"{model.head.weight.dtype} {[type(child) for child in model.children()]} {axes}"
+        if key not in made:
+            made[key] = traced.trace_module(model, inputs, axes, outputs)
+        return made[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module_export, "trace_module", trace)
+        yield
 
 
 @pytest.fixture(scope="module")

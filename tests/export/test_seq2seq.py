@@ -189,7 +189,7 @@ def merged(trained: Factory, tmp_path_factory: pytest.TempPathFactory) -> Export
 
 @pytest.mark.parametrize("branch", [None, "fixed", "hot-swap"])
 @pytest.mark.parametrize("method", ["none", "nf4"])
-@pytest.mark.parametrize("kind", ["tied", "gated", pytest.param("mt5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["tied", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gated", "mt5"))])
 def test_encoder_prefill_and_cached_decode_are_those_of_peft(
     kind: str, method: str, branch: str | None, trained: Factory, tmp_path: Path
 ) -> None:

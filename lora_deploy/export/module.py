@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -33,7 +34,7 @@ from lora_deploy.export.plan import ONNX_DTYPES, ExportPlan, check_output
 from lora_deploy.export.source import SourceChoice
 from lora_deploy.export.traced import DTYPES, finish_trace, trace_module
 from lora_deploy.layers.model import lora_layers
-from lora_deploy.manifest import BranchKind
+from lora_deploy.manifest import BranchKind, Slot
 
 __all__ = ["Examples", "name_outputs", "plan_module"]
 
@@ -114,6 +115,7 @@ def plan_module(
         outputs = OutputChanges(next(iter(adapters.values())), {}, beside=kind is not None)
     lowered = lower_graph(graph, coded, _branches(base, kind, adapters), outputs)
     if kind is not None:
+        _check_one_product(lowered.slots, adapters)
         for lora in adapters.values():
             check_slots(lowered.slots, lora.only_updates() if kind == "fixed" else lora)
     waiting = [value for value in lowered.graph.model.graph.initializers.values() if value.const_value is None]
@@ -260,6 +262,21 @@ def _check_reached(graph: Graph, adapters: Mapping[str, LoraAdapter]) -> None:
                     tensor=name,
                     remedy="give example_inputs that run through every adapted layer, and a module without tied layers "
                     "where the adapter changes one of them",
+                )
+
+
+def _check_one_product(slots: Sequence[Slot], adapters: Mapping[str, LoraAdapter]) -> None:
+    """A branch has one place in the graph."""
+    runs = Counter(module for slot in slots for module in slot.modules)
+    for lora in adapters.values():
+        for name in lora.updates:
+            if runs[name] != 1:
+                raise AdapterError(
+                    "the adapter changes a layer that is not one product in the graph: a branch has no place beside it",
+                    file=lora.source,
+                    tensor=name,
+                    found="a layer that runs more than once, or not as a plain product",
+                    remedy="export with merge=True",
                 )
 
 

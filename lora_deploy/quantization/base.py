@@ -78,9 +78,10 @@ class TrainingBase:
         self._trained = dict(trained or {}) if is_classification(self.task) else {}
         skeleton = self._make_skeleton()
         self.linears = {name: describe_linear(module) for name, module in linear_modules(skeleton).items()}
-        if self.task == "seq2seq-lm" and self.scheme.method != "none":
-            # transformers keeps these in floats, whatever it is asked for (T5's `wo`).
-            kept = sorted(set(skeleton._keep_in_fp32_modules or ()) | set(self.scheme.skip_modules))
+        # transformers quantizes none of these, and loads them in float32 where float16 is asked for (T5's `wo`).
+        self._in_floats = set(skeleton._keep_in_fp32_modules or ()) if self.task == "seq2seq-lm" else set()
+        if self._in_floats and self.scheme.method != "none":
+            kept = sorted(self._in_floats | set(self.scheme.skip_modules))
             self.scheme = self.scheme.model_copy(update={"skip_modules": tuple(kept)})
         self.heads = tuple(head_modules(skeleton))
         embedding = skeleton.get_input_embeddings()
@@ -263,6 +264,8 @@ class TrainingBase:
         key = self._require_key(self.aliases.get(name, name))
         values = self.checkpoint.read(key)
         if values.is_floating_point():
+            if self.dtype == torch.float16 and self._in_floats & set(name.split(".")):
+                return values.float()
             return values if self.dtype is None else values.to(self.dtype)
         if self._is_quantized(name):
             raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from transformers.pytorch_utils import Conv1D
 from lora_deploy.adapter import LoraUpdate, save_adapter
 from lora_deploy.config import LoraConfig
 from lora_deploy.errors import AdapterError, CheckpointError, InputError, LoraDeployError, ParityError, UsageError
-from lora_deploy.export import export_onnx
+from lora_deploy.export import export_onnx, traced
+from lora_deploy.export import module as module_export
 from lora_deploy.layers import get_lora_model
 from lora_deploy.layers.model import lora_layers
 from lora_deploy.quantization import QuantizationScheme, quantize_model
 from lora_deploy.run import OnnxSession
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.verify import verify, verify_module
+from tests.commands import tree
 
 # PEFT has one such field for the layers of both kinds.
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")
@@ -99,6 +102,24 @@ def _rows(count: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
     signal = torch.randn(count, 3, 10, generator=generator)
     return {"signal": signal, "scale": torch.rand(count, generator=generator) + 0.5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _remembered() -> Iterator[None]:
+    """Trace `Net` once for each type and its dynamic sizes, and hand out copies."""
+    made: dict[str, Any] = {}
+
+    def trace(model: nn.Module, inputs: Any, axes: Any, outputs: Any) -> Any:
+        if not isinstance(model, Net):
+            return traced.trace_module(model, inputs, axes, outputs)
+        key = f"{model.head.weight.dtype} {[type(child) for child in model.children()]} {axes}"
+        if key not in made:
+            made[key] = traced.trace_module(model, inputs, axes, outputs)
+        return made[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module_export, "trace_module", trace)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -310,3 +331,39 @@ def test_an_export_of_a_module_is_verified_with_the_module(low_rank: Path, tmp_p
         verify_module(output, _net(), example_inputs=INPUTS)
     assert verify_module(output, _net(), low_rank, example_inputs=INPUTS).passed
     assert (output / "parity.json").is_file()
+
+
+class Twice(nn.Module):
+    """Runs one layer two times, and has a weight of three dimensions and one that no linear layer holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.table = nn.Parameter(torch.randn(8, 8))
+        self.stack = nn.Parameter(torch.randn(1, 8, 8))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.tanh(self.first(torch.tanh(self.first(x))) @ self.table)
+        return x, (x[:, None] @ self.stack).sum()
+
+
+def test_a_layer_that_runs_twice_is_merged_and_the_files_are_the_same_again(tmp_path: Path) -> None:
+    module = get_lora_model(Twice(), LoraConfig(r=2, target_modules=["first"]))
+    nn.init.normal_(module.get_parameter("first.lora_B.weight"))
+    example = torch.randn(3, 8)
+    for name in ("out", "again"):
+        result = export_onnx(module, output=tmp_path / name, example_inputs=example)
+        assert result.report is not None
+        assert result.report.control_failed
+    assert tree(tmp_path / "again") == tree(tmp_path / "out")
+    content = (tmp_path / "out" / "model.onnx").read_bytes()
+    for word in (b"stack_trace", b".py", b"pkg.torch", str(tmp_path).encode()):
+        assert word not in content
+    inputs = torch.randn(5, 8)
+    found = OnnxSession(tmp_path / "out").run({"x": inputs.numpy()})
+    with torch.no_grad():
+        expected = module(inputs)
+    for number, values in enumerate(expected):
+        assert float((torch.from_numpy(found[f"output_{number}"]) - values).abs().max()) <= 1e-3
+    with pytest.raises(AdapterError, match="not one product in the graph"):
+        export_onnx(module, output=tmp_path / "branch", merge=False, branch="fixed", example_inputs=example)

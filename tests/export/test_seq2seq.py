@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,14 @@ import onnx_ir as ir
 import peft
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, BitsAndBytesConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    MT5Config,
+    MT5ForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lora_deploy.adapter import LoraUpdate
 from lora_deploy.errors import CheckpointError, OutputError, ParityError, UsageError
@@ -24,9 +32,10 @@ from lora_deploy.run import OnnxModel
 from lora_deploy.verify import verify
 from lora_deploy.verify.seq2seq import _Batch, open_parts, run_parts
 
-# T5 1.0, whose head is the embedding, scaled, and T5 1.1, with a head and a gate of its own.
+# T5 1.0, whose head is the embedding, scaled; T5 1.1 and mT5, with a head and a gate of their own.
 KINDS: dict[str, dict[str, Any]] = {
     "tied": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
+    "mt5": {"tie_word_embeddings": False, "num_layers": 1, "num_decoder_layers": 2},
     "gated": {
         "feed_forward_proj": "gated-gelu",
         "tie_word_embeddings": False,
@@ -40,7 +49,8 @@ VOCABULARY = 131
 
 def _save(kind: str, directory: Path) -> None:
     torch.manual_seed(0)
-    config = T5Config(
+    is_mt5 = kind == "mt5"
+    config = (MT5Config if is_mt5 else T5Config)(
         vocab_size=VOCABULARY,
         d_model=64,
         d_kv=12,
@@ -54,7 +64,7 @@ def _save(kind: str, directory: Path) -> None:
         **({"num_layers": 2} | KINDS[kind]),
     )
     config.tie_word_embeddings = kind == "tied"  # what T5Config makes of its argument is always True
-    model = T5ForConditionalGeneration(config)
+    model = (MT5ForConditionalGeneration if is_mt5 else T5ForConditionalGeneration)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
@@ -179,7 +189,7 @@ def merged(trained: Factory, tmp_path_factory: pytest.TempPathFactory) -> Export
 
 @pytest.mark.parametrize("branch", [None, "fixed", "hot-swap"])
 @pytest.mark.parametrize("method", ["none", "nf4"])
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", ["tied", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gated", "mt5"))])
 def test_encoder_prefill_and_cached_decode_are_those_of_peft(
     kind: str, method: str, branch: str | None, trained: Factory, tmp_path: Path
 ) -> None:
@@ -347,3 +357,24 @@ def test_transformers_keeps_wo_in_floats(trained: Factory) -> None:
     kept = {name for name, module in _theirs(base, "nf4").named_modules() if type(module) is torch.nn.Linear}
     assert {name for name in (*opened.linears, *opened.heads) if not opened.holds_codes(name)} == kept
     assert "encoder.block.0.layer.1.DenseReluDense.wo" in kept
+
+
+@pytest.mark.slow
+def test_wo_keeps_its_precision_where_the_rest_is_loaded_in_float16(trained: Factory, tmp_path: Path) -> None:
+    """As transformers loads it; rounded to float16 it would fail the gate."""
+    dense, adapter = trained("tied")
+    base = Path(shutil.copytree(dense, tmp_path / "base"))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    result = export_onnx(base, adapter, output=tmp_path / "out", quantization="none", precision="fp32")
+    theirs = AutoModelForSeq2SeqLM.from_pretrained(base, dtype="auto")
+    assert theirs.shared.weight.dtype == torch.float16
+    assert theirs.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
+    model = peft.PeftModel.from_pretrained(theirs.float(), adapter).eval()
+    parts = open_parts(result.output)
+    for batch in _batches():
+        with torch.no_grad():
+            logits = model(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, decoder_input_ids=batch.decoder_ids
+            ).logits
+        assert float((run_parts(parts, result.output, None, batch).logits - logits).abs().max()) <= 1e-3

@@ -85,9 +85,10 @@ def test_it_says_what_may_change_the_order(study: Study) -> None:
 
 
 def test_the_table_has_means_and_spreads_and_the_base(study: Study) -> None:
-    console = Console(width=100, record=True, file=io.StringIO())
+    console = Console(width=80, record=True, file=io.StringIO())
     console.print(study.table())
     text = console.export_text()
+    assert "…" not in text
     for expected in ("after 7 steps", "3 seeds", "0.6000 ± 0.1000", "40.0% ± 10.0%", "failed", "2.0000", "base alone"):
         assert expected in text
 

@@ -109,7 +109,8 @@ class Plan:
         from rich.table import Table
 
         title = f"{self.budget:,} trainable parameters on {self.scheme}"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        # With one space between the columns it fits into 80 columns.
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("", no_wrap=True)
         estimated = any(row.memory for row in self.rows)
         memory_heading = ["train MB"] if estimated else []

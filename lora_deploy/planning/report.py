@@ -208,9 +208,10 @@ class Study(BaseModel):
         title = (
             f"Held-out data after {self.runs[0].steps if self.runs else 0} steps, mean ± standard deviation, {seeds}"
         )
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        # With one space between the columns it fits into 80 columns.
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         table.add_column("", no_wrap=True)
-        headings = ["rank", "parameters", "learning rate", "loss", *(["exact"] if self.base.answered else [])]
+        headings = ["rank", "parameters", "rate", "loss", *(["exact"] if self.base.answered else [])]
         for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
         for row in self.rows:

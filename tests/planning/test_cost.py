@@ -135,3 +135,13 @@ def test_the_bytes_of_the_base_are_exact(family: str, scheme: QuantizationScheme
     held = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in tensors.values()}
     found = PlannedBase.open(directory, scheme).training_bytes(torch.float32)
     assert found == sum(held.values())
+
+
+@pytest.mark.slow
+def test_the_estimate_is_what_training_smollm2_allocates(tmp_path: Path) -> None:
+    """In a process of its own, against the kernel's count of its memory."""
+    from lora_deploy.demo.model import fetch_smollm2
+    from tests.benchmarks.training_memory import measure
+
+    found = measure(fetch_smollm2(tmp_path / "model"), 921_600, "attention", 4, 64)
+    assert found.estimate == pytest.approx(found.measured, rel=0.1)

@@ -75,6 +75,7 @@ def test_the_model_says_what_it_was_made_of(tiny_export: ExportFactory) -> None:
         "base_sha256",
         "compute_dtype",
         "data_sha256",
+        "graph",
         "mode",
         "precision",
         "provider",
@@ -89,6 +90,7 @@ def test_the_model_says_what_it_was_made_of(tiny_export: ExportFactory) -> None:
     assert entries["lora_deploy.base_sha256"] == TrainingBase(base).sha256()
     assert (entries["lora_deploy.mode"], entries["lora_deploy.precision"]) == ("merge", "fp16")
     assert entries["lora_deploy.provider"] == "cpu"
+    assert entries["lora_deploy.graph"] == "mobius"
     assert json.loads(entries["lora_deploy.quantization"])["method"] == "nf4"
     assert json.loads(entries["lora_deploy.versions"])["mobius-onnx"] == "0.1.0"
 

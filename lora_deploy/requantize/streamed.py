@@ -60,6 +60,10 @@ def _replace_forward(name: str, module: nn.Module, parameters: MergedParameters,
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight = parameters.read(f"{name}.weight", transposed=transposed).float()
         bias = parameters.read(f"{name}.bias").float() if module.bias is not None else None
+        update = parameters.adapter.updates.get(name) if parameters.adapter else None
+        added = update.scaled_bias() if update is not None else None
+        if added is not None:
+            bias = added if bias is None else bias + added
         return linear(name, weight, bias, x)
 
     module.forward = forward

@@ -27,8 +27,8 @@ FAMILIES = ("llama", "qwen2", "gpt2")
 @pytest.fixture
 def merged(request: pytest.FixtureRequest, checkpoint_dir: CheckpointFactory) -> tuple[TrainingBase, Path]:
     """A base, and an adapter's directory."""
-    family = request.param
-    directory = request.getfixturevalue("adapter_dir")(family)
+    family, _, setting = request.param.partition(" ")
+    directory = request.getfixturevalue("adapter_dir")(family, **({setting: True} if setting else {}))
     return TrainingBase(checkpoint_dir(family), NF4), directory
 
 
@@ -51,7 +51,7 @@ def _hidden(twin: torch.nn.Module, text: Text) -> torch.Tensor:
         return twin.base_model(input_ids=text.input_ids, attention_mask=text.attention_mask)[0]  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("merged", FAMILIES, indirect=True)
+@pytest.mark.parametrize("merged", [*FAMILIES, "llama lora_bias", "gpt2 lora_bias", "llama use_dora"], indirect=True)
 def test_the_streamed_model_is_the_model(merged: tuple[TrainingBase, Path]) -> None:
     base, directory = merged
     parameters = MergedParameters(base, read_adapter(directory))

@@ -22,7 +22,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from lora_deploy.export import plan
+from lora_deploy.export import prepare
 from lora_deploy.export.graph import Graph
 from lora_deploy.export.traced import trace_graph
 from lora_deploy.quantization.model import keep_codes
@@ -143,7 +143,7 @@ def remembered_traces() -> Iterator[None]:
         return Graph(made[key].model.clone(), dict(made[key].sources), {})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "trace_graph", trace)
+        patch.setattr(prepare, "trace_graph", trace)
         yield
 
 

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from lora_deploy.errors import CheckpointError
-from lora_deploy.export import export_onnx, plan
+from lora_deploy.export import export_onnx, prepare
 from lora_deploy.export.graph import Graph
 from lora_deploy.export.source import SourceChoice, choose_source
 from lora_deploy.export.traced_decoder import trace_decoder
@@ -207,7 +207,7 @@ def remembered_traces() -> Iterator[None]:
         return Graph(made[key].model.clone(), dict(made[key].sources), {})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "trace_decoder", trace)
+        patch.setattr(prepare, "trace_decoder", trace)
         yield
 
 

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,6 +26,7 @@ from lora_deploy.run.session import OnnxSession, import_onnxruntime
 from lora_deploy.targets import check_provider
 from lora_deploy.verify.reference import apply_live, compute_logits, load_twin
 from lora_deploy.verify.texts import compare_on_text
+from lora_deploy.versions import installed_versions
 
 __all__ = ["compare_precisions"]
 
@@ -111,7 +111,7 @@ def compare_precisions(
             trained=trained,
             base_alone=alone,
             rows=rows,
-            versions=_versions(),
+            versions=installed_versions(*_LIBRARIES),
             cpu_count=os.cpu_count(),
             warnings=list(dict.fromkeys(warnings)),
         )
@@ -256,13 +256,3 @@ def _writing(output: Path) -> Iterator[None]:
         raise OutputError(
             "the comparison could not be written", file=output, found=error.strerror or str(error)
         ) from error
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -3,41 +3,37 @@
 from __future__ import annotations
 
 import json
-import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import onnx_ir as ir
 import torch
-from onnx_ir import tensor_adapters
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from lora_deploy.adapter import LoraAdapter
 from lora_deploy.adapter.packing import deployed_adapter
-from lora_deploy.checkpoint import read_json
-from lora_deploy.errors import OutputError, UsageError
+from lora_deploy.errors import UsageError
 from lora_deploy.export.branch import add_slot_inputs, stream_branches
 from lora_deploy.export.coded import stream_codes
-from lora_deploy.export.graph import WeightSource
-from lora_deploy.export.merge import MergedParameters, hash_adapter
+from lora_deploy.export.merge import MergedParameters
 from lora_deploy.export.module import Examples, plan_module
 from lora_deploy.export.module_base import ModuleBase
 from lora_deploy.export.onnx_adapter import write_onnx_adapter
 from lora_deploy.export.options import note_head
 from lora_deploy.export.outputs import stream_output_changes
 from lora_deploy.export.plan import ExportPlan, plan_export
+from lora_deploy.export.provenance import describe_rounding, describe_sources, make_manifest
 from lora_deploy.export.requantized import RoundedWeights, stream_rounded
 from lora_deploy.export.seq2seq import write_parts
+from lora_deploy.export.side_files import write_side_files
 from lora_deploy.export.source import SourceChoice
-from lora_deploy.export.weights import stream_weights
-from lora_deploy.export.writer import INLINE_BYTES, TOKENIZER_FILES, commit, staging_directory, write_data, write_model
+from lora_deploy.export.weights import largest_first, stream_constants, stream_weights
+from lora_deploy.export.writer import commit, staging_directory, write_data, write_model
 from lora_deploy.manifest import BranchKind, Manifest
-from lora_deploy.quantization.hashes import combine_hashes, hash_tensors
+from lora_deploy.quantization.hashes import combine_hashes
 from lora_deploy.requantize.budget import spend_budget
 from lora_deploy.requantize.options import Requantization
 from lora_deploy.requantize.text import Text, pick_text, rows_taken
@@ -207,17 +203,17 @@ def _write(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> tuple[Ma
     ClearMetadataAndDocStringPass()(graph)
     if plan.branch == "hot-swap":
         add_slot_inputs(graph, plan.lowered.slots)
-    manifest = _manifest(plan, {**parameters.code_hashes, **(rounded.hashes if rounded is not None else {})})
+    manifest = make_manifest(plan, {**parameters.code_hashes, **(rounded.hashes if rounded is not None else {})})
     graph.producer_name, graph.producer_version = "lora-deploy", version("lora-deploy")
-    provenance = _provenance(plan, sha256)
+    entries = describe_sources(plan, sha256)
     if plan.lowered.parts:
-        provenance["lora_deploy.version"] = graph.producer_version
-        provenance["lora_deploy.parts"] = json.dumps(write_parts(plan.lowered, manifest, provenance, staging))
-    graph.metadata_props.update({**provenance, **manifest.entries()})
+        entries["lora_deploy.version"] = graph.producer_version
+        entries["lora_deploy.parts"] = json.dumps(write_parts(plan.lowered, manifest, entries, staging))
+    graph.metadata_props.update({**entries, **manifest.entries()})
     if rounded is not None:
-        graph.metadata_props.update(_made_from(plan, rounded))
+        graph.metadata_props.update(describe_rounding(plan, rounded))
     write_model(graph, staging)
-    _write_side_files(plan, staging)
+    write_side_files(plan, staging)
     return manifest, parameters.code_hashes
 
 
@@ -257,7 +253,7 @@ def _stream(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Everything that the graph waits for, one tensor at a time."""
     lowered, graph = plan.lowered, plan.lowered.graph.model
-    yield from stream_weights(graph, _largest_first(plan), parameters)
+    yield from stream_weights(graph, largest_first(lowered.graph.sources, plan.base.shapes), parameters)
     yield from stream_codes(graph, lowered.coded, plan.base, parameters.code_hashes)
     if rounded is not None:
         yield from stream_rounded(graph, lowered.coded, plan.base, rounded)
@@ -268,128 +264,7 @@ def _stream(
         yield from stream_output_changes(graph, lowered.changes, built_in, MergedParameters(plan.base, None))
     if plan.branch in ("fixed", "pooled"):
         yield from stream_branches(lowered.slots, list(plan.adapters.values()), plan.compute_dtype)
-    yield from _large_constants(graph)
-
-
-def _manifest(plan: ExportPlan, hashes: Mapping[str, str]) -> Manifest:
-    coded = tuple(
-        weight.model_copy(
-            update={
-                "modules": tuple(module.model_copy(update={"sha256": hashes[module.name]}) for module in weight.modules)
-            }
-        )
-        for weight in plan.lowered.coded
-    )
-    return Manifest(
-        branch=plan.branch,
-        precision=plan.precision,
-        compute_dtype=plan.compute_dtype,
-        base_sha256=plan.base_sha256,
-        quantization=plan.base.scheme.model_dump_json(),
-        coded=coded,
-        slots=plan.lowered.slots if plan.branch is not None else (),
-        correction=plan.lowered.slots if plan.branch is None else (),
-        pool=tuple(plan.adapters) if plan.branch == "pooled" else (),
-        task=plan.base.task,
-    )
-
-
-def _largest_first(plan: ExportPlan) -> dict[str, WeightSource]:
-    """The sources in the order of their parameters' sizes, else in that of the graph.
-
-    The allocator holds on to pieces of what it gave before. With the largest weights first, the peak of memory does not
-    grow with the number of layers.
-    """
-    sources, shapes = plan.lowered.graph.sources, plan.base.shapes
-    return dict(sorted(sources.items(), key=lambda item: -math.prod(shapes[item[1].segments[0].parameter])))
-
-
-def _large_constants(graph: ir.Model) -> Iterator[tuple[str, torch.Tensor]]:
-    """The large constants that the graph brings itself (the tables of rotary embeddings)."""
-    for name, value in graph.graph.initializers.items():
-        constant = value.const_value
-        # An external one has been written just now.
-        if constant is None or isinstance(constant, ir.ExternalTensor) or constant.nbytes < INLINE_BYTES:
-            continue
-        dtype = tensor_adapters.to_torch_dtype(constant.dtype)
-        yield name, torch.frombuffer(bytearray(constant.tobytes()), dtype=dtype).reshape(tuple(constant.shape.numpy()))
-
-
-def _provenance(plan: ExportPlan, data_sha256: str) -> dict[str, str]:
-    """What the model was made of, for `metadata_props`; no times, so that the same input gives the same bytes."""
-    sources = ("mobius-onnx",) if plan.graph_source.source == "mobius" else ("transformers",)
-    entries = {
-        "lora_deploy.base_model": plan.model,
-        "lora_deploy.provider": plan.provider,
-        "lora_deploy.graph": plan.graph_source.source,
-        "lora_deploy.data_sha256": data_sha256,
-        "lora_deploy.versions": json.dumps({name: _version(name) for name in (*sources, "onnx-ir", "torch")}),
-    }
-    if plan.lowered.graph.genai_config.get("search", {}).get("past_present_share_buffer"):
-        entries["lora_deploy.cache"] = "in place"
-    if plan.adapters:
-        described = {
-            name: {
-                "source": adapter.source,
-                "sha256": hash_adapter(adapter),
-                "config": json.loads(adapter.config.to_json()),
-            }
-            for name, adapter in plan.adapters.items()
-        }
-        entries["lora_deploy.adapters"] = json.dumps(described, sort_keys=True)
-    return entries
-
-
-def _made_from(plan: ExportPlan, rounded: RoundedWeights) -> dict[str, str]:
-    """What rounding was calibrated on, and the hash of its correction, for `metadata_props`."""
-    entries = {}
-    if rounded.taken:
-        entries["lora_deploy.calibration"] = json.dumps(rounded.taken, sort_keys=True)
-    if rounded.updates:
-        named = stream_branches(plan.lowered.slots, [rounded.correction()], plan.compute_dtype)
-        sha256 = hash_tensors((name, [values.flatten()]) for name, values in named)
-        entries["lora_deploy.correction_sha256"] = sha256
-    return entries
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
-
-
-def _write_side_files(plan: ExportPlan, staging: Path) -> None:
-    """Configuration and tokenizer, so that onnxruntime-genai and optimum open the directory too."""
-    if plan.base.task == "module":
-        return
-    config = plan.base.config.to_dict()
-    for key in ("_name_or_path", "dtype", "torch_dtype"):
-        config.pop(key, None)
-    config["dtype"] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[plan.compute_dtype]
-    try:
-        files = {"config.json": config}
-        if plan.lowered.graph.genai_config:
-            files["genai_config.json"] = _genai_config(plan)
-        for name, values in files.items():
-            (staging / name).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for name in ("generation_config.json", *TOKENIZER_FILES):
-            source = plan.base.directory / name
-            if source.is_file():
-                shutil.copyfile(source, staging / name)
-    except OSError as error:
-        raise OutputError("the export could not be written", file=staging, found=str(error)) from error
-
-
-def _genai_config(plan: ExportPlan) -> dict[str, Any]:
-    """The graph's, with the special tokens of generation_config.json, which knows every token that ends an answer."""
-    config = {**plan.lowered.graph.genai_config, "model": dict(plan.lowered.graph.genai_config["model"])}
-    file = plan.base.directory / "generation_config.json"
-    generation = read_json(file) if file.is_file() else {}
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if generation.get(key) is not None:
-            config["model"][key] = generation[key]
-    return config
+    yield from stream_constants(graph)
 
 
 def _warnings(plan: ExportPlan, codes_sha256: str | None) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,15 +9,13 @@ from pathlib import Path
 from typing import get_args
 
 import onnx_ir as ir
-from transformers import PreTrainedConfig
 
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
 from lora_deploy.adapter.packing import check_slots
-from lora_deploy.errors import AdapterError, CheckpointError, OutputError, UsageError
+from lora_deploy.errors import AdapterError, CheckpointError, UsageError
 from lora_deploy.export.attention import group_attention
 from lora_deploy.export.coded import CodedBase
-from lora_deploy.export.graph import Graph, build_graph
-from lora_deploy.export.lower import Branches, Lowered, lower_graph
+from lora_deploy.export.lower import Lowered
 from lora_deploy.export.merge import drop_copies, open_base
 from lora_deploy.export.options import (
     ComputeDtype,
@@ -35,19 +32,16 @@ from lora_deploy.export.options import (
     choose_types,
     training_scheme,
 )
-from lora_deploy.export.outputs import OutputChanges
-from lora_deploy.export.requantized import RequantizedBase, correction_shapes
-from lora_deploy.export.seq2seq import check_seq2seq, join_parts, trace_parts
+from lora_deploy.export.prepare import broken_ties, prepare_graph
+from lora_deploy.export.requantized import RequantizedBase
+from lora_deploy.export.seq2seq import check_seq2seq
 from lora_deploy.export.source import SourceChoice, check_graph, choose_source
-from lora_deploy.export.traced import trace_graph
-from lora_deploy.export.traced_decoder import trace_decoder
-from lora_deploy.export.writer import MODEL_NAME
+from lora_deploy.export.writer import check_output
 from lora_deploy.manifest import BranchKind
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.options import Grid, Requantization
-from lora_deploy.task import is_classification
 
-__all__ = ["ONNX_DTYPES", "ExportPlan", "Precision", "Provider", "check_output", "plan_export"]
+__all__ = ["ONNX_DTYPES", "ExportPlan", "Precision", "Provider", "plan_export"]
 
 ONNX_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
@@ -194,7 +188,7 @@ def plan_export(
         whole = frozenset(name.removesuffix(".weight") for lora in loras.values() for name in lora.parameters)
         coded_base = CodedBase(base, weights, expand, dtype, level, whole)
     correction = requantization.correction if requantization is not None else 0
-    lowered = _prepare_graph(
+    lowered = prepare_graph(
         base, loras, branch, adapter_precision == "int8", coded_base, compute, provider, correction, graph_source
     )
     if in_place:
@@ -225,56 +219,17 @@ def plan_export(
 def _grids(requantization: Requantization, base: TrainingBase, adapters: Mapping[str, LoraAdapter]) -> dict[str, Grid]:
     """What each layer gets, an output head too whose tie to the embedding the adapter breaks."""
     grids = requantization.grids(base)
-    for alias in _broken_ties(base, adapters, None):
+    for alias in broken_ties(base, adapters, None):
         shared = base.aliases[alias].removesuffix(".weight")
         if shared in grids:
             grids[alias.removesuffix(".weight")] = grids[shared]
     return grids
 
 
-def _broken_ties(base: TrainingBase, adapters: Mapping[str, LoraAdapter], branch: BranchKind | None) -> set[str]:
-    """Names of tied parameters that a merged or trained weight makes differ from the one they were tied to."""
-    trained = {name for lora in adapters.values() for name in lora.parameters}
-    if branch is None:
-        trained |= {f"{name}.weight" for lora in adapters.values() for name in lora.updates}
-    return {alias for alias, name in base.aliases.items() if alias in trained or name in trained}
-
-
 def _bytes(value: ir.Value) -> int:
     assert value.dtype is not None
     assert value.shape is not None
     return math.ceil(value.dtype.itemsize * math.prod(value.shape.numpy()))
-
-
-def check_output(output: str | Path, overwrite: bool, inputs: list[Path]) -> Path:
-    """The directory to write, if it is new or may be replaced, and is none of the inputs; raises OutputError."""
-    output = Path(output)
-    try:
-        if output.is_symlink():
-            output = output.resolve()
-        _check_output(output, overwrite, inputs)
-    except OSError as error:
-        raise OutputError("the output cannot be used", file=output, found=error.strerror or str(error)) from error
-    return output
-
-
-def _check_output(output: Path, overwrite: bool, inputs: list[Path]) -> None:
-    if any(path.is_dir() and path.resolve() == output.resolve() for path in inputs):
-        raise OutputError(
-            "the output is the directory of the model or the adapter", file=output, remedy="choose another --output"
-        )
-    if output.exists() and not output.is_dir():
-        raise OutputError("the output is a file", file=output, expected="a directory that is new or empty")
-    is_export = (output / MODEL_NAME).exists()
-    if output.is_dir() and any(output.iterdir()) and not (overwrite and is_export):
-        there = "an export" if is_export else "other files"
-        raise OutputError(
-            "the output exists",
-            file=output,
-            found=there,
-            expected="a directory that is new or empty",
-            remedy="choose another --output" + (", or add --overwrite" if is_export else ""),
-        )
 
 
 def _check_base(
@@ -308,69 +263,3 @@ def _check_record(base: TrainingBase, record: TrainingRecord, adapter: str) -> N
             expected=f"sha256 {record.base_sha256[:16]}… ({record.base_model}, recorded in {adapter})",
             remedy="give the model that the adapter was trained on",
         )
-
-
-def _prepare_graph(
-    base: TrainingBase,
-    adapters: Mapping[str, LoraAdapter],
-    branch: BranchKind | None,
-    int8: bool,
-    coded_base: CodedBase | None,
-    compute_dtype: ComputeDtype,
-    provider: Provider,
-    correction: int,
-    graph_source: SourceChoice,
-) -> Lowered:
-    """Build the graph and lower its linear layers. A tie that a merged or trained weight breaks is broken here too."""
-    updated = {name for lora in adapters.values() for name in lora.updates}
-    broken = _broken_ties(base, adapters, branch)
-    shapes = {name: shape for name, shape in base.shapes.items() if name not in base.aliases or name in broken}
-    config = base.config
-    if broken:
-        if base.task == "seq2seq-lm":  # made anew, a T5 configuration would forget that what the head reads is scaled
-            config = copy.deepcopy(config)
-            config.tie_word_embeddings = False
-        else:
-            config = type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False})
-    tied = {
-        name.removesuffix(".weight"): alias.removesuffix(".weight")
-        for alias, name in base.aliases.items()
-        if alias not in broken
-    }
-    branches = None
-    if branch is not None:
-        targets = updated | set(base.linears) if branch == "hot-swap" else updated
-        branches = Branches(branch, tuple(adapters.values()), targets, tied, int8)
-    elif correction and isinstance(coded_base, RequantizedBase):
-        shape = correction_shapes(base, coded_base.grids, correction)
-        branches = Branches("fixed", (shape,), shape.updates.keys(), {}, int8=True)
-
-    def outputs() -> OutputChanges | None:
-        if branch not in (None, "fixed") or not adapters:
-            return None
-        return OutputChanges(next(iter(adapters.values())), tied if branch else {}, beside=branch is not None)
-
-    if base.task == "seq2seq-lm":
-        aliases = {alias: name for alias, name in base.aliases.items() if alias not in broken}
-        parts = trace_parts(config, aliases, precision=compute_dtype, file=base.directory / "config.json")
-        lowered = {name: lower_graph(part, coded_base, branches, outputs()) for name, part in parts.items()}
-        return join_parts(lowered, config.model_type)
-    graph = _build_graph(base, config, shapes, compute_dtype, provider, graph_source)
-    return lower_graph(graph, coded_base, branches, outputs())
-
-
-def _build_graph(
-    base: TrainingBase,
-    config: PreTrainedConfig,
-    shapes: dict[str, tuple[int, ...]],
-    compute_dtype: ComputeDtype,
-    provider: Provider,
-    graph_source: SourceChoice,
-) -> Graph:
-    """The graph from the source that was chosen."""
-    file = base.directory / "config.json"
-    if is_classification(base.task):
-        return trace_graph(config, precision=compute_dtype, file=file)
-    if graph_source.source == "traced":
-        return trace_decoder(config, shapes, precision=compute_dtype, file=file)
-    return build_graph(config, shapes, precision=compute_dtype, provider=provider, file=file)

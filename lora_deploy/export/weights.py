@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 import torch
@@ -11,8 +12,9 @@ from onnx_ir import tensor_adapters
 from lora_deploy.errors import InputError
 from lora_deploy.export.graph import WeightSource
 from lora_deploy.export.merge import MergedParameters
+from lora_deploy.export.writer import INLINE_BYTES
 
-__all__ = ["stream_weights"]
+__all__ = ["largest_first", "stream_constants", "stream_weights"]
 
 
 def stream_weights(
@@ -90,3 +92,29 @@ def _all_finite(values: torch.Tensor) -> bool:
         if not bool(torch.isfinite(piece.sum(dtype=torch.float32))) and not bool(torch.isfinite(piece).all()):
             return False
     return True
+
+
+def largest_first(
+    sources: Mapping[str, WeightSource], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, WeightSource]:
+    """The sources in the order of their parameters' sizes, else in that of the graph.
+
+    The allocator holds on to pieces of what it gave before. With the largest weights first, the peak of memory does not
+    grow with the number of layers.
+
+    Args:
+        sources: Where each initializer gets its values.
+        shapes: Of the parameters.
+    """
+    return dict(sorted(sources.items(), key=lambda item: -math.prod(shapes[item[1].segments[0].parameter])))
+
+
+def stream_constants(model: ir.Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """The large constants that the graph brings itself (the tables of rotary embeddings)."""
+    for name, value in model.graph.initializers.items():
+        constant = value.const_value
+        # An external one has been written just now.
+        if constant is None or isinstance(constant, ir.ExternalTensor) or constant.nbytes < INLINE_BYTES:
+            continue
+        dtype = tensor_adapters.to_torch_dtype(constant.dtype)
+        yield name, torch.frombuffer(bytearray(constant.tobytes()), dtype=dtype).reshape(tuple(constant.shape.numpy()))

@@ -26,6 +26,7 @@ __all__ = [
     "MODEL_NAME",
     "SIDE_FILES",
     "TOKENIZER_FILES",
+    "check_output",
     "commit",
     "staging_directory",
     "write_data",
@@ -230,3 +231,34 @@ def _failed(path: Path, error: OSError) -> OutputError:
         found=error.strerror or str(error),
         remedy="make room or choose another --output; nothing was changed",
     )
+
+
+def check_output(output: str | Path, overwrite: bool, inputs: list[Path]) -> Path:
+    """The directory to write, if it is new or may be replaced, and is none of the inputs; raises OutputError."""
+    output = Path(output)
+    try:
+        if output.is_symlink():
+            output = output.resolve()
+        _check_output(output, overwrite, inputs)
+    except OSError as error:
+        raise OutputError("the output cannot be used", file=output, found=error.strerror or str(error)) from error
+    return output
+
+
+def _check_output(output: Path, overwrite: bool, inputs: list[Path]) -> None:
+    if any(path.is_dir() and path.resolve() == output.resolve() for path in inputs):
+        raise OutputError(
+            "the output is the directory of the model or the adapter", file=output, remedy="choose another --output"
+        )
+    if output.exists() and not output.is_dir():
+        raise OutputError("the output is a file", file=output, expected="a directory that is new or empty")
+    is_export = (output / MODEL_NAME).exists()
+    if output.is_dir() and any(output.iterdir()) and not (overwrite and is_export):
+        there = "an export" if is_export else "other files"
+        raise OutputError(
+            "the output exists",
+            file=output,
+            found=there,
+            expected="a directory that is new or empty",
+            remedy="choose another --output" + (", or add --overwrite" if is_export else ""),
+        )

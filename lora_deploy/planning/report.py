@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from lora_deploy.planning.held_out import Judgement
 from lora_deploy.planning.options import StudyOptions
 from lora_deploy.planning.plan import Plan, PlanRow
 from lora_deploy.planning.runs import RunResult
+from lora_deploy.versions import installed_versions
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -158,7 +158,7 @@ class Study(BaseModel):
             rows=rows,
             runs=list(runs),
             left_out=list(left_out),
-            versions=_versions(),
+            versions=installed_versions(*_LIBRARIES),
         )
 
     @property
@@ -237,13 +237,3 @@ def _mean_and_spread(values: Sequence[float], form: Callable[[float], str] = lam
         return ""
     spread = f" ± {form(_spread(values))}" if len(values) > 1 else ""
     return form(statistics.fmean(values)) + spread
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -27,7 +27,7 @@ from lora_deploy.verify.codes import check_adapter_codes, check_codes
 from lora_deploy.verify.metrics import compare_logits, is_within, worst_of
 from lora_deploy.verify.parity import library_versions
 from lora_deploy.verify.reference import apply_live
-from lora_deploy.verify.report import CaseResult, Metrics, ParityReport
+from lora_deploy.verify.report import CaseResult, Metrics, ParityReport, judge
 from lora_deploy.verify.sessions import open_sessions
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
 from lora_deploy.verify.verify import expect_same, read_provenance
@@ -126,15 +126,14 @@ def check_module(
             label, chosen = ("", None) if branch in (None, "fixed") else (name, name)
             results += check.compare(label, chosen, lora, replace(lora, updates={}))
     on_progress("verifying", len(adapters) + 1, len(adapters) + 1)
-    controls = [not result.control_passed for result in results if result.control is not None]
-    control_failed = all(controls) if controls else None
+    control_failed, passed = judge(results)
     report = ParityReport(
         precision=sessions.row,
         provider=sessions.gated.provider,
         tolerance=asdict(tolerance),
         cases=results,
         control_failed=control_failed,
-        passed=all(result.passed for result in results) and control_failed is not False,
+        passed=passed,
         codes=codes,
         max_kl=max_kl,
         notes=[*sessions.notes, *weak_effects(results, tolerance)],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -30,9 +29,10 @@ from lora_deploy.verify.reference import (
     load_twin,
     put_parameters,
 )
-from lora_deploy.verify.report import CaseResult, Metrics, ParityReport, check_comparison
+from lora_deploy.verify.report import CaseResult, Metrics, ParityReport, check_comparison, judge
 from lora_deploy.verify.sessions import Exported, open_sessions, run_export
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
+from lora_deploy.versions import installed_versions
 
 __all__ = ["check_parity", "library_versions", "run_export", "run_twin"]
 
@@ -91,15 +91,14 @@ def check_parity(
         exported = Exported(sessions, directory, references.batches)
         results = _run_cases(references, exported, tolerance, on_progress)
     notes = [*sessions.notes, *references.notes(), *weak_effects(results, tolerance)]
-    controls = [not result.control_passed for result in results if result.control is not None]
-    control_failed = all(controls) if controls else None
+    control_failed, passed = judge(results)
     report = ParityReport(
         precision=sessions.row,
         provider=sessions.gated.provider,
         tolerance=asdict(tolerance),
         cases=results,
         control_failed=control_failed,
-        passed=all(result.passed for result in results) and control_failed is not False,
+        passed=passed,
         codes=codes,
         activation_rounding=exported.activation_rounding,
         deployment=references.deployment,
@@ -230,18 +229,6 @@ def _run_model(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 def library_versions() -> dict[str, str]:
     """Of the libraries that ran, by name."""
-    found = {}
-    for name in (
-        "bitsandbytes",
-        "lora-deploy",
-        "mobius-onnx",
-        "onnxruntime",
-        "onnxruntime-gpu",
-        "torch",
-        "transformers",
-    ):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return installed_versions(
+        "bitsandbytes", "lora-deploy", "mobius-onnx", "onnxruntime", "onnxruntime-gpu", "torch", "transformers"
+    )

@@ -23,7 +23,7 @@ from lora_deploy.verify.codes import check_adapter_codes, check_codes
 from lora_deploy.verify.metrics import compare_logits, is_within
 from lora_deploy.verify.parity import library_versions
 from lora_deploy.verify.reference import apply_live, load_twin, put_parameters
-from lora_deploy.verify.report import CaseResult, ParityReport
+from lora_deploy.verify.report import CaseResult, ParityReport, judge
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
 
 __all__ = ["check_seq2seq_parity", "open_parts", "run_parts"]
@@ -90,15 +90,14 @@ def check_seq2seq_parity(
         in_encoder = any(not layer.startswith(("decoder.", "lm_head")) for layer in changed)
         results += _compare("" if built_in else name, batches, trained, found, alone, in_encoder, tolerance)
     on_progress("verifying", len(adapters) + 1, len(adapters) + 1)
-    controls = [not result.control_passed for result in results if result.control is not None]
-    control_failed = all(controls) if controls else None
+    control_failed, passed = judge(results)
     report = ParityReport(
         precision=manifest.compute_dtype,
         provider=usable,
         tolerance=asdict(tolerance),
         cases=results,
         control_failed=control_failed,
-        passed=all(result.passed for result in results) and control_failed is not False,
+        passed=passed,
         codes=codes,
         max_kl=max_kl,
         notes=[*notes, *weak_effects(results, tolerance)],

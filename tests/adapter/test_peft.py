@@ -77,7 +77,7 @@ CASES = [
     for name, config in configs.items()
 ]
 QUANTIZED_CASES = [
-    pytest.param(family, config, id=f"{family}-{name}")
+    pytest.param(family, config, method, id=f"{family}-{name}-{method}")
     for family, name, config in (
         ("llama", "all-linear", LLAMA["all-linear"]),
         ("llama", "patterns", LLAMA["patterns"]),
@@ -88,6 +88,9 @@ QUANTIZED_CASES = [
         ("llama", "DoRA", LLAMA["DoRA"] | {"target_modules": QV}),
         ("qwen2", "a bias of B", QWEN2["a bias of B"]),
     )
+    for method in QUANTIZED
+    # PEFT's DoRA fails on the scales of an 8-bit layer on a CPU: in tests/export/test_outputs.py our twin is the judge.
+    if not (method == "int8" and config.get("use_dora"))
 ]
 
 
@@ -133,13 +136,10 @@ def test_what_was_saved_here_computes_the_same_in_peft(family: str, config: dict
     _to_peft(tiny_model(family), tiny_model(family), config, tmp_path)
 
 
-@pytest.mark.parametrize("method", QUANTIZED)
-@pytest.mark.parametrize(("family", "config"), QUANTIZED_CASES)
+@pytest.mark.parametrize(("family", "config", "method"), QUANTIZED_CASES)
 def test_adapters_of_quantized_bases_go_both_ways(
     family: str, config: dict[str, Any], method: str, checkpoint_dir: CheckpointFactory, tmp_path: Path
 ) -> None:
-    if config.get("use_dora") and method == "int8":
-        pytest.skip("PEFT's DoRA fails on the scales of an 8-bit layer on a CPU; our twin is the judge there")
     base = str(checkpoint_dir(family, method))
     _from_peft(load_base_model(base, method), load_base_model(base, method), config, tmp_path / "theirs")
     _to_peft(load_base_model(base, method), load_base_model(base, method), config, tmp_path / "ours")

@@ -21,7 +21,7 @@ from transformers import (
 
 from lora_deploy.adapter import LoraUpdate
 from lora_deploy.errors import AdapterError, CheckpointError, ParityError
-from lora_deploy.export import ExportResult, export_onnx, plan
+from lora_deploy.export import ExportResult, export_onnx, prepare
 from lora_deploy.export.traced import trace_graph
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
@@ -150,7 +150,7 @@ def test_half_precision_passes_its_own_gate(
 def test_the_files_are_those_of_a_classifier_and_say_nothing_of_this_machine(
     classifier_dir: ClassifierFactory, peft_adapter: ClassifierFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "trace_graph", trace_graph)  # traced anew each time
+    monkeypatch.setattr(prepare, "trace_graph", trace_graph)  # traced anew each time
     base, adapter, output = classifier_dir("bert"), peft_adapter("bert"), tmp_path / "out"
     export_onnx(base, adapter, output=output, quantization="none", verify=False)
     export_onnx(base, adapter, output=tmp_path / "again", quantization="none", verify=False)

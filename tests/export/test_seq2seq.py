@@ -23,7 +23,7 @@ from transformers import (
 
 from lora_deploy.adapter import LoraUpdate
 from lora_deploy.errors import CheckpointError, OutputError, ParityError, UsageError
-from lora_deploy.export import ExportResult, export_onnx, plan, seq2seq
+from lora_deploy.export import ExportResult, export_onnx, prepare, seq2seq
 from lora_deploy.export.graph import Graph
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
@@ -160,7 +160,7 @@ def _remembered() -> Any:
         return {name: Graph(one.model.clone(), dict(one.sources), {}) for name, one in made[key].items()}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "trace_parts", trace)
+        patch.setattr(prepare, "trace_parts", trace)
         yield
 
 

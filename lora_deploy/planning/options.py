@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lora_deploy.errors import UsageError
 from lora_deploy.train.options import TrainOptions
+from lora_deploy.validation import as_usage_error
 
 __all__ = ["StudyOptions"]
 
@@ -90,12 +91,7 @@ class StudyOptions(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise UsageError(
-                "an option of the study has a value that it cannot have",
-                found=f"{'.'.join(str(part) for part in first['loc'])} = {first.get('input')!r}",
-                expected=first["msg"],
-            ) from None
+            raise as_usage_error(error, "an option of the study has a value that it cannot have") from None
         for name in ("seeds", "learning_rates", "only"):
             values = getattr(self, name)
             if len(set(values)) != len(values):

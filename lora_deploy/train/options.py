@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from lora_deploy.config import LoraConfig
 from lora_deploy.errors import UsageError
 from lora_deploy.quantization.scheme import QuantizationScheme
+from lora_deploy.validation import as_usage_error
 
 __all__ = ["TrainOptions", "TrainResult"]
 
@@ -112,12 +113,7 @@ class TrainOptions(BaseModel):
         try:
             super().__init__(**values)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise UsageError(
-                "a training option has a value that it cannot have",
-                found=f"{'.'.join(str(part) for part in first['loc'])} = {first.get('input')!r}",
-                expected=first["msg"],
-            ) from None
+            raise as_usage_error(error, "a training option has a value that it cannot have") from None
         if self.eval_fraction and self.eval_data is not None:
             raise UsageError("give an evaluation fraction or evaluation data, not both")
         if self.resume and self.overwrite:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -52,11 +52,17 @@ class LoraUpdate:
         base.addmm_(self.B.float() * self.scaling, self.A.float())
         return base if self.magnitude is None else base.mul_(self._ratio(base)[:, None])
 
-    def change_of(self, base: torch.Tensor) -> torch.Tensor:
-        """The merged weight less the base's, float32 (out, in)."""
+    def change(self, read_base: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The merged weight less the base's, float32 (out, in).
+
+        Args:
+            read_base: Gives the base's weight, (out, in). Only DoRA's change depends on it; for plain LoRA nothing is
+                read.
+        """
         if self.magnitude is None:
             return self.delta_weight()
-        return self.merge_into(base.to(torch.float32, copy=True)).sub_(base)
+        base = read_base().float()
+        return self.merge_into(base.clone()).sub_(base)
 
     def row_scale(self, base: torch.Tensor) -> torch.Tensor | None:
         """DoRA's factor on each output of base and branch together, magnitude / |row of base + scaling * B @ A|.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -231,7 +232,7 @@ def take_update_out(twin: PreTrainedModel, base: TrainingBase, adapter: LoraAdap
         bias = update.scaled_bias()
         _move_bias(twin, name, None if bias is None else -bias)
         is_conv1d = isinstance(twin.get_submodule(name), Conv1D)
-        delta = update.change_of(own.read(f"{name}.weight", transposed=is_conv1d).float())
+        delta = update.change(partial(own.read, f"{name}.weight", transposed=is_conv1d))
         if is_conv1d:
             delta = delta.t()
         _put_parameter(twin, f"{name}.weight", twin.get_parameter(f"{name}.weight") - delta)

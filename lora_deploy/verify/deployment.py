@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -136,13 +137,13 @@ def _survival(
     layers, kept, whole = {}, 0.0, 0.0
     for name, update in adapter.updates.items():
         is_conv1d = name in base.linears and base.linears[name].is_conv1d
-        weight = own.read(f"{name}.weight", transposed=is_conv1d).float()
-        delta = update.change_of(weight)
+        read_base = partial(own.read, f"{name}.weight", transposed=is_conv1d)
+        delta = update.change(read_base)
         moved = torch.zeros_like(delta)
         if name in weights.modules:
-            moved += weights.read(name) - weight
+            moved += weights.read(name) - read_base().float()
         if not (weights.is_merged and name in weights.modules):  # beside the weight, or merged into one in floats
-            moved += running.updates[name].change_of(weight)
+            moved += running.updates[name].change(read_base)
         found, expected = float((moved * delta).sum()), float(delta.square().sum())
         kept, whole = kept + found, whole + expected
         layers[name] = found / expected if expected else 1.0

@@ -19,7 +19,7 @@ def models(quiet: Quiet = False, as_json: Json = False) -> None:
     if as_json:
         print_json([row.model_dump(mode="json") for row in rows])
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="all: bases that are dense, nf4, fp4 and int8")
     for heading in HEADINGS:
         table.add_column(heading, no_wrap=heading == "model_type")
     for row in rows:

@@ -9,17 +9,31 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["HEADINGS", "TABLE", "VerifiedFamily", "load_table", "markdown_table", "table_cells", "write_table"]
+__all__ = [
+    "HEADINGS",
+    "TABLE",
+    "VerifiedFamily",
+    "VerifiedTask",
+    "load_table",
+    "markdown_table",
+    "table_cells",
+    "write_table",
+]
 
 TABLE = Path(__file__).with_name("models.json")
-HEADINGS = ("model_type", "graph", "merge", "branch", "traced where", "refused")
+_BASES = {"none", "nf4", "fp4", "int8"}
+HEADINGS = ("model_type", "task", "graph", "merge", "branch", "traced where", "refused")
+
+
+VerifiedTask = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm"]
 
 
 class VerifiedFamily(BaseModel):
     """What tests found of one family, on tiny random models, in fp32, against released PEFT.
 
     Attributes:
-        model_type: As the configuration has it.
+        model_type: As the configuration has it; of T5 also which kind.
+        task: What the model is for.
         graph: Where `--graph auto` takes its graph from.
         merge: Bases whose merged exports compute what was trained: "none" (dense), "nf4", "fp4", "int8".
         branch: Bases of each kind of branch that does: "hot-swap", "fixed", "pooled".
@@ -30,6 +44,7 @@ class VerifiedFamily(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model_type: str
+    task: VerifiedTask
     graph: Literal["mobius", "traced"]
     merge: tuple[str, ...]
     branch: dict[str, tuple[str, ...]]
@@ -49,16 +64,16 @@ def write_table(rows: Sequence[VerifiedFamily]) -> None:
 
 
 def table_cells(row: VerifiedFamily) -> tuple[str, ...]:
-    """A row as text, below HEADINGS."""
+    """A row as text, below HEADINGS; "all" stands for bases that are dense, nf4, fp4 and int8."""
     kinds: dict[tuple[str, ...], list[str]] = {}
     for kind, bases in row.branch.items():
         kinds.setdefault(bases, []).append(kind)
     branch = "; ".join(f"{', '.join(names)}: {_bases(bases)}" for bases, names in kinds.items())
-    return row.model_type, row.graph, _bases(row.merge), branch, ", ".join(row.traced), ", ".join(row.refused)
+    return row.model_type, row.task, row.graph, _bases(row.merge), branch, ", ".join(row.traced), ", ".join(row.refused)
 
 
 def _bases(bases: Sequence[str]) -> str:
-    return ", ".join("dense" if base == "none" else base for base in bases) or "-"
+    return "all" if set(bases) == _BASES else ", ".join("dense" if base == "none" else base for base in bases) or "-"
 
 
 def markdown_table(rows: Sequence[VerifiedFamily]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from transformers import (
 from lora_deploy.export import prepare
 from lora_deploy.export.graph import Graph
 from lora_deploy.export.traced import trace_graph
+from lora_deploy.quantization import QuantizationScheme
+from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.model import keep_codes
+from lora_deploy.verify.reference import load_twin
 from tests.run.conftest import byte_tokenizer
 
 FAMILIES = ("bert", "roberta", "distilbert")
@@ -49,6 +53,9 @@ ALL_LINEAR: dict[str, str | list[str]] = {
     "roberta": "all-linear",
     "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
 }
+# PEFT 0.21 leaves the head out of "all-linear" for classifiers of sequences only.
+_BERT_LAYERS = ["query", "key", "value", "dense"]
+OF_TOKENS = {"bert": _BERT_LAYERS, "roberta": _BERT_LAYERS, "distilbert": list(ALL_LINEAR["distilbert"])}
 QUERY_VALUE = {"bert": ["query", "value"], "roberta": ["query", "value"], "distilbert": ["q_lin", "v_lin"]}
 
 ClassifierFactory = Callable[..., Path]
@@ -77,14 +84,16 @@ def save_classifier(
 
 def load_theirs(directory: Path, method: str, **options: Any) -> PreTrainedModel:
     """The base as transformers loads it, quantized by bitsandbytes if that is asked for."""
-    if method == "nf4":
+    if method in ("nf4", "fp4"):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
+            bnb_4bit_quant_type=method,
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
             llm_int8_skip_modules=SKIPPED,
         )
+    if method == "int8":  # its own forward rounds activations too, which no export does
+        return load_twin(TrainingBase(directory, QuantizationScheme(method="int8")))
     names = AutoConfig.from_pretrained(directory).architectures
     of_tokens = names[0].endswith("ForTokenClassification")
     kind = AutoModelForTokenClassification if of_tokens else AutoModelForSequenceClassification
@@ -131,8 +140,8 @@ def peft_logits(base: Path, adapter: Path | None, method: str, **options: Any) -
     return [model(input_ids=ids, attention_mask=mask).logits for ids, mask in padded_batches()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def remembered_traces() -> Iterator[None]:
+@contextmanager
+def remembering_traces() -> Iterator[None]:
     """Trace each graph once and hand out copies: a trace takes seconds, and the weights have no part in it."""
     made: dict[tuple[str, str], Graph] = {}
 
@@ -144,6 +153,13 @@ def remembered_traces() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "trace_graph", trace)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered_traces() -> Iterator[None]:
+    """Within a module, each graph is traced once."""
+    with remembering_traces():
         yield
 
 

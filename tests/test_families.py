@@ -16,9 +16,12 @@ from lora_deploy.export.source import choose_source
 from lora_deploy.export.traced_decoder import trace_decoder
 from lora_deploy.models import VerifiedFamily, load_table, markdown_table, table_cells
 from lora_deploy.quantization.skeleton import make_skeleton
+from tests import classifiers
 from tests.commands import Command, command
 from tests.families import FAMILIES
-from tests.verified import TOLERANCE, Measured, Tiny, choose, find_table, remembered_traces
+from tests.measured import TOLERANCE, Measured
+from tests.verified import Tiny, choose, find_table, remembered_traces
+from tests.verified_encoders import ClassifierTask, TinyClassifier
 
 __all__ = ["command"]  # a fixture
 
@@ -32,7 +35,7 @@ REFUSED = {("llama", "dynamic rope")}
 
 @pytest.fixture(scope="module", autouse=True)
 def _remembered_traces() -> Iterator[None]:
-    with remembered_traces():
+    with remembered_traces(), classifiers.remembering_traces():
         yield
 
 
@@ -180,13 +183,25 @@ def test_the_command_says_which_source_it_took(tiny: TinyFactory, command: Comma
 
 
 def test_the_shipped_table_names_every_variant_that_is_traced_or_refused() -> None:
-    assert [row.model_type for row in load_table()] == [family.kind.model_type for family in FAMILIES.values()]
+    decoders = [row.model_type for row in load_table() if row.task == "causal-lm"]
+    assert decoders == [family.kind.model_type for family in FAMILIES.values()]
     for name, family in FAMILIES.items():
         row = _shipped(name)
         others = [one for one in family.variants if choose(family.config(one)).source != row.graph]
         refused = [variant for kind, variant in REFUSED if kind == name]
         assert row.refused == tuple(refused)
         assert row.traced == tuple(one for one in others if one not in refused)
+
+
+@pytest.mark.parametrize(("mode", "method"), [("fixed", "int8"), ("pooled", "fp4")])
+@pytest.mark.parametrize("task", ["sequence-classification", "token-classification"])
+def test_classifiers_hold_on_the_bases_that_their_own_tests_leave_out(
+    task: ClassifierTask, mode: str, method: str, tmp_path: Path
+) -> None:
+    _assert_right(TinyClassifier(tmp_path, "bert", task).measure(mode, method))
+    row = next(row for row in load_table() if (row.model_type, row.task) == ("bert", task))
+    assert row.graph == "traced"
+    assert method in row.branch[mode]
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """What is verified of each family, found by exporting tiny models: the table that `lora-deploy models` prints.
 
-python -m tests.verified --write    finds out everything, some five minutes, and writes the table into the package
+python -m tests.verified --write    finds out everything, some ten minutes, and writes the table into the package
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, get_args
 
 import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
-from lora_deploy.errors import CheckpointError
+from lora_deploy.errors import CheckpointError, UsageError
 from lora_deploy.export import export_onnx, prepare
 from lora_deploy.export.graph import Graph
 from lora_deploy.export.source import SourceChoice, choose_source
 from lora_deploy.export.traced_decoder import trace_decoder
-from lora_deploy.models import VerifiedFamily, write_table
+from lora_deploy.models import VerifiedFamily, VerifiedTask, write_table
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.model import keep_codes, quantize_model
@@ -31,26 +31,10 @@ from lora_deploy.run import OnnxSession
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.verify.batches import Batch
 from lora_deploy.verify.reference import load_twin
+from tests import classifiers, encoder_decoders
 from tests.families import CONTEXT, FAMILIES
-
-TOLERANCE = 1e-3
-MODES = ("merge", "hot-swap", "fixed", "pooled")
-METHODS = ("none", "nf4", "fp4", "int8")
-ADAPTER = "own"
-
-
-class Measured(NamedTuple):
-    """How far an export is from PEFT, and how far the base alone: the largest differences of a logit."""
-
-    export: float
-    control: float
-    logits: float
-    choice: SourceChoice
-
-    @property
-    def holds(self) -> bool:
-        """Whether the export computes what was trained, and the check can tell."""
-        return self.export <= TOLERANCE < self.control / 10
+from tests.measured import ADAPTER, METHODS, MODES, Measured
+from tests.verified_encoders import T5_KINDS, ClassifierTask, TinyClassifier, TinyEncoderDecoder
 
 
 class Tiny:
@@ -217,9 +201,8 @@ def choose(config: PreTrainedConfig) -> SourceChoice:
 
 
 def find_family(root: Path, name: str) -> VerifiedFamily:
-    """What holds for one family: every mode on every base, and every variant of its configuration, merged."""
+    """What holds for one family of decoders: every mode on every base, and its variants, merged."""
     model = Tiny(root / name, name)
-    held = {mode: tuple(one for one in METHODS if model.measure(mode, one).holds) for mode in MODES}
     traced, refused = [], []
     for variant in FAMILIES[name].variants:
         try:
@@ -231,20 +214,47 @@ def find_family(root: Path, name: str) -> VerifiedFamily:
             raise AssertionError(f"{name}, {variant}: exported, and wrong: {measured}")
         if measured.choice.source != choose(model.config).source:
             traced.append(variant)
-    return VerifiedFamily(
-        model_type=model.config.model_type,
-        graph=choose(model.config).source,
-        merge=held.pop("merge"),
-        branch=held,
-        traced=tuple(traced),
-        refused=tuple(refused),
-    )
+    row = _row(model, model.config.model_type, "causal-lm")
+    return row.model_copy(update={"traced": tuple(traced), "refused": tuple(refused)})
+
+
+def find_classifier(root: Path, name: str, task: ClassifierTask) -> VerifiedFamily:
+    """What holds for a family of classifiers."""
+    model = TinyClassifier(root / f"{name} {task}", name, task)
+    return _row(model, model.model_type, task)
+
+
+def find_encoder_decoder(root: Path, kind: str) -> VerifiedFamily:
+    """What holds for T5 1.0 ("tied"), T5 1.1 ("gated") and mT5."""
+    model = TinyEncoderDecoder(root / kind, kind)
+    name = model.model_type if kind != "gated" else f"{model.model_type}, gated"
+    return _row(model, name, "seq2seq-lm")
+
+
+def _row(model: Tiny | TinyClassifier | TinyEncoderDecoder, model_type: str, task: VerifiedTask) -> VerifiedFamily:
+    held: dict[str, tuple[str, ...]] = {}
+    sources = set()
+    for mode in MODES:
+        kept = []
+        for method in METHODS:
+            try:
+                measured = model.measure(mode, method)
+            except UsageError:  # a kind of export that there is not for this task
+                continue
+            sources.add(measured.choice.source)
+            kept += [method] if measured.holds else []
+        held[mode] = tuple(kept)
+    (source,) = sources
+    return VerifiedFamily(model_type=model_type, task=task, graph=source, merge=held.pop("merge"), branch=held)
 
 
 def find_table(root: Path) -> list[VerifiedFamily]:
     """The whole table, found anew."""
-    with remembered_traces():
-        return [find_family(root, name) for name in FAMILIES]
+    with remembered_traces(), classifiers.remembering_traces(), encoder_decoders.remembered_traces():
+        rows = [find_family(root, name) for name in FAMILIES]
+        for task in get_args(ClassifierTask):
+            rows += [find_classifier(root, name, task) for name in classifiers.FAMILIES]
+        return [*rows, *(find_encoder_decoder(root, kind) for kind in T5_KINDS)]
 
 
 if __name__ == "__main__":

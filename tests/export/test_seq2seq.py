@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import peft
@@ -14,153 +13,33 @@ import pytest
 import torch
 from transformers import (
     AutoModelForSeq2SeqLM,
-    BitsAndBytesConfig,
-    MT5Config,
-    MT5ForConditionalGeneration,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from lora_deploy.adapter import LoraUpdate
 from lora_deploy.errors import CheckpointError, OutputError, ParityError, UsageError
-from lora_deploy.export import ExportResult, export_onnx, prepare, seq2seq
-from lora_deploy.export.graph import Graph
+from lora_deploy.export import ExportResult, export_onnx, seq2seq
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
-from lora_deploy.quantization.model import keep_codes
 from lora_deploy.run import OnnxModel
 from lora_deploy.verify import verify
-from lora_deploy.verify.seq2seq import _Batch, open_parts, run_parts
-
-# T5 1.0, whose head is the embedding, scaled; T5 1.1 and mT5, with a head and a gate of their own.
-KINDS: dict[str, dict[str, Any]] = {
-    "tied": {"feed_forward_proj": "relu", "tie_word_embeddings": True},
-    "mt5": {"tie_word_embeddings": False, "num_layers": 1, "num_decoder_layers": 2},
-    "gated": {
-        "feed_forward_proj": "gated-gelu",
-        "tie_word_embeddings": False,
-        "num_layers": 1,
-        "num_decoder_layers": 2,
-    },
-}
-TARGETS = ["q", "k", "v", "o", "wi", "wo", "wi_0", "wi_1"]
-VOCABULARY = 131
-
-
-def _save(kind: str, directory: Path) -> None:
-    torch.manual_seed(0)
-    is_mt5 = kind == "mt5"
-    config = (MT5Config if is_mt5 else T5Config)(
-        vocab_size=VOCABULARY,
-        d_model=64,
-        d_kv=12,
-        d_ff=112,
-        num_heads=4,
-        relative_attention_num_buckets=8,
-        relative_attention_max_distance=20,
-        decoder_start_token_id=0,
-        pad_token_id=0,
-        eos_token_id=1,
-        **({"num_layers": 2} | KINDS[kind]),
-    )
-    config.tie_word_embeddings = kind == "tied"  # what T5Config makes of its argument is always True
-    model = (MT5ForConditionalGeneration if is_mt5 else T5ForConditionalGeneration)(config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                size = 2.5 if name == "decoder.final_layer_norm.weight" else 1.0  # so that logits are of order 10
-                parameter.copy_(size + torch.randn_like(parameter) * 0.1)
-            elif "relative" in name:
-                parameter.copy_(torch.randn_like(parameter) * 2)
-            elif name == "lm_head.weight":
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
-            elif name != "shared.weight":  # what is read must outweigh the embedding of the last token
-                parameter.mul_(5 if name.endswith(("o.weight", "wo.weight")) else 2)
-    model.save_pretrained(directory)
-
-
-def _theirs(directory: Path, method: str) -> Any:
-    options: dict[str, Any] = {}
-    if method == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
-    model = AutoModelForSeq2SeqLM.from_pretrained(directory, **options)
-    keep_codes(model)
-    return model.eval()
-
-
-def _train(base: Path, directory: Path, targets: list[str], **config: Any) -> None:
-    torch.manual_seed(1)
-    present = {name.rpartition(".")[2] for name, _ in _theirs(base, "none").named_modules()}
-    options = {"task_type": "SEQ_2_SEQ_LM", "r": 4, "lora_alpha": 10} | config
-    model: Any = peft.get_peft_model(
-        _theirs(base, "none"), peft.LoraConfig(target_modules=[name for name in targets if name in present], **options)
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(directory)
-
-
-def _batches() -> list[_Batch]:
-    """The same texts padded on the right and on the left, and answers."""
-    generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(2, VOCABULARY, (length,), generator=generator) for length in (13, 9, 1, 6)]
-    answers = torch.randint(2, VOCABULARY, (4, 10), generator=generator)
-    batches = []
-    for left in (False, True):
-        ids = torch.zeros(len(rows), 13, dtype=torch.int64)
-        for row, tokens in zip(ids, rows, strict=True):
-            row[slice(13 - len(tokens), 13) if left else slice(0, len(tokens))] = tokens
-        batches.append(_Batch("left" if left else "right", ids, (ids != 0).long(), answers))
-    return batches
-
-
-@torch.no_grad()
-def _expected(base: Path, adapter: Path | None, method: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """What released PEFT computes with the adapter live: the encoder's output, and logits."""
-    model = _theirs(base, method)
-    if adapter is not None:
-        model = peft.PeftModel.from_pretrained(model, adapter).eval()
-    found = []
-    for batch in _batches():
-        output = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, decoder_input_ids=batch.decoder_ids
-        )
-        found.append((output.encoder_last_hidden_state, output.logits))
-    return found
-
-
-def _distance(directory: Path, expected: list[tuple[torch.Tensor, torch.Tensor]], adapter: str | None = None) -> float:
-    parts, worst = open_parts(directory), 0.0
-    for batch, (hidden, logits) in zip(_batches(), expected, strict=True):
-        found = run_parts(parts, directory, adapter, batch)
-        mask = batch.attention_mask.bool()
-        worst = max(worst, float((found.hidden - hidden)[mask].abs().max()), float((found.logits - logits).abs().max()))
-    return worst
-
+from lora_deploy.verify.seq2seq import open_parts, run_parts
+from tests.encoder_decoders import (
+    TARGETS,
+    distance,
+    load_theirs,
+    padded_batches,
+    peft_outputs,
+    remembered_traces,
+    save_t5,
+    train_with_peft,
+)
 
 Factory = Callable[[str], tuple[Path, Path]]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _remembered() -> Any:
-    """Trace each model once and hand out copies."""
-    made: dict[str, dict[str, Graph]] = {}
-
-    def trace(config: Any, aliases: Any, **options: Any) -> dict[str, Graph]:
-        key = f"{config.to_json_string()} {aliases} {options['precision']}"
-        if key not in made:
-            made[key] = seq2seq.trace_parts(config, aliases, **options)
-        return {name: Graph(one.model.clone(), dict(one.sources), {}) for name, one in made[key].items()}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "trace_parts", trace)
+def _remembered() -> Iterator[None]:
+    with remembered_traces():
         yield
 
 
@@ -172,8 +51,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Factory:
     def make(kind: str) -> tuple[Path, Path]:
         if kind not in made:
             directory = tmp_path_factory.mktemp(kind)
-            _save(kind, directory / "base")
-            _train(directory / "base", directory / "adapter", TARGETS)
+            save_t5(kind, directory / "base")
+            train_with_peft(directory / "base", directory / "adapter", TARGETS)
             made[kind] = directory / "base", directory / "adapter"
         return made[kind]
 
@@ -205,18 +84,18 @@ def test_encoder_prefill_and_cached_decode_are_those_of_peft(
     assert {case.name for case in result.report.cases} == {
         f"{part}, {batch}" for part in ("encoder", "prefill", "decode") for batch in batches
     }
-    expected = _expected(base, adapter, method)
+    expected = peft_outputs(base, adapter, method)
     name = "adapter" if branch == "hot-swap" else None
     assert 3 < max(float(logits.abs().max()) for _, logits in expected) < 30
     assert ("lm_head.weight" in TrainingBase(base).aliases) == (kind == "tied")
-    assert _distance(result.output, expected, name) <= 1e-3
-    alone = _expected(base, None, method)
+    assert distance(result.output, expected, name) <= 1e-3
+    alone = peft_outputs(base, None, method)
     assert min(float((one[1] - two[1]).abs().max()) for one, two in zip(alone, expected, strict=True)) > 0.5
-    assert _distance(result.output, alone, name) > 0.1
+    assert distance(result.output, alone, name) > 0.1
     if method == "nf4":  # the weights before quantization are another function
-        assert _distance(result.output, _expected(base, adapter, "none"), name) > 1e-2
+        assert distance(result.output, peft_outputs(base, adapter, "none"), name) > 1e-2
     if branch == "hot-swap":
-        assert _distance(result.output, alone) <= 1e-3
+        assert distance(result.output, alone) <= 1e-3
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
@@ -227,12 +106,12 @@ def test_a_dora_and_a_bias_of_b_are_in_every_graph(
     branch: str | None, setting: str, trained: Factory, tmp_path: Path
 ) -> None:
     base, _ = trained("tied")
-    _train(base, tmp_path / "adapter", TARGETS, **{setting: True})
+    train_with_peft(base, tmp_path / "adapter", TARGETS, **{setting: True})
     result = export_onnx(
         base, tmp_path / "adapter", output=tmp_path / "out", quantization="none", merge=branch is None, branch=branch
     )
-    assert _distance(result.output, _expected(base, tmp_path / "adapter", "none")) <= 1e-3
-    assert _distance(result.output, _expected(base, None, "none")) > 0.1
+    assert distance(result.output, peft_outputs(base, tmp_path / "adapter", "none")) <= 1e-3
+    assert distance(result.output, peft_outputs(base, None, "none")) > 0.1
 
 
 def test_a_lost_update_fails_the_gate(trained: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,12 +129,12 @@ def test_an_adapter_of_the_decoder_and_of_the_tied_head_unties_it(trained: Facto
     """The encoder is the base's then, and no control; the embedding keeps its values."""
     base, _ = trained("tied")
     adapter = tmp_path / "adapter"
-    _train(base, adapter, ["lm_head"])
+    train_with_peft(base, adapter, ["lm_head"])
     result = export_onnx(base, adapter, output=tmp_path / "out", quantization="none")
     assert result.report is not None
     for case in result.report.cases:
         assert (case.control is None) == case.name.startswith("encoder")
-    assert _distance(result.output, _expected(base, adapter, "none")) <= 1e-3
+    assert distance(result.output, peft_outputs(base, adapter, "none")) <= 1e-3
 
 
 def test_the_files_are_those_that_optimum_opens(merged: ExportResult) -> None:
@@ -284,7 +163,7 @@ def test_the_files_are_those_that_optimum_opens(merged: ExportResult) -> None:
 
 def test_every_weight_is_stored_once(merged: ExportResult, trained: Factory) -> None:
     """Both decoders read the same, and the embedding is encoder's, decoder's and head's."""
-    parameters = sum(values.numel() for values in _theirs(trained("tied")[0], "none").parameters())
+    parameters = sum(values.numel() for values in load_theirs(trained("tied")[0], "none").parameters())
     file = next(merged.output.glob("*.onnx.data"))
     assert file.stat().st_size < 4 * parameters * 1.2 + 100 * 4096  # with what alignment takes
 
@@ -354,7 +233,7 @@ def test_onnx_model_says_what_opens_it(merged: ExportResult) -> None:
 def test_transformers_keeps_wo_in_floats(trained: Factory) -> None:
     base, _ = trained("gated")
     opened = TrainingBase(base, QuantizationScheme(method="nf4"))
-    kept = {name for name, module in _theirs(base, "nf4").named_modules() if type(module) is torch.nn.Linear}
+    kept = {name for name, module in load_theirs(base, "nf4").named_modules() if type(module) is torch.nn.Linear}
     assert {name for name in (*opened.linears, *opened.heads) if not opened.holds_codes(name)} == kept
     assert "encoder.block.0.layer.1.DenseReluDense.wo" in kept
 
@@ -372,7 +251,7 @@ def test_wo_keeps_its_precision_where_the_rest_is_loaded_in_float16(trained: Fac
     assert theirs.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype == torch.float32
     model = peft.PeftModel.from_pretrained(theirs.float(), adapter).eval()
     parts = open_parts(result.output)
-    for batch in _batches():
+    for batch in padded_batches():
         with torch.no_grad():
             logits = model(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, decoder_input_ids=batch.decoder_ids

@@ -21,9 +21,9 @@ from lora_deploy.run.adapters import Adapters
 from lora_deploy.task import find_task
 from lora_deploy.verify import verify
 from tests.classifiers import (
-    ALL_LINEAR,
     FAMILIES,
     LABELS,
+    OF_TOKENS,
     padded_batches,
     peft_logits,
     remembered_traces,
@@ -34,9 +34,6 @@ from tests.classifiers import (
 __all__ = ["remembered_traces"]
 
 METHODS = ("none", "nf4")
-# PEFT 0.21 leaves the head out of "all-linear" for classifiers of sequences only.
-_BERT = ["query", "key", "value", "dense"]
-TARGETS = {"bert": _BERT, "roberta": _BERT, "distilbert": list(ALL_LINEAR["distilbert"])}
 Factory = Callable[[str], tuple[Path, Path]]
 
 
@@ -50,7 +47,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Factory:
             directory = tmp_path_factory.mktemp(f"{family}-tokens")
             base, adapter = directory / "base", directory / "adapter"
             save_classifier(family, base, kind=AutoModelForTokenClassification)
-            train_with_peft(base, adapter, TARGETS[family], task_type="TOKEN_CLS")
+            train_with_peft(base, adapter, OF_TOKENS[family], task_type="TOKEN_CLS")
             made[family] = base, adapter
         return made[family]
 
@@ -107,7 +104,7 @@ def test_an_export_that_loses_the_update_fails_the_gate(
 def test_an_adapter_without_a_head_is_swapped_in(family: str, trained: Factory, tmp_path: Path) -> None:
     """The classifier, whose PEFT update is low-rank here, has a slot as every other layer."""
     base, _ = trained(family)
-    train_with_peft(base, tmp_path / "names", [*TARGETS[family], "classifier"], task_type=None)
+    train_with_peft(base, tmp_path / "names", [*OF_TOKENS[family], "classifier"], task_type=None)
     result = export_onnx(base, tmp_path / "names", output=tmp_path / "out", quantization="nf4", merge=False)
     assert result.report is not None
     assert result.report.passed

@@ -19,9 +19,14 @@ def models(quiet: Quiet = False, as_json: Json = False) -> None:
     if as_json:
         print_json([row.model_dump(mode="json") for row in rows])
         return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption="all: bases that are dense, nf4, fp4 and int8")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption="all: bases that are dense, nf4, fp4 and int8",
+    )
     for heading in HEADINGS:
-        table.add_column(heading, no_wrap=heading == "model_type")
+        table.add_column(heading, no_wrap=heading != HEADINGS[-1])
     for row in rows:
         table.add_row(*table_cells(row))
     make_console(quiet).print(table)

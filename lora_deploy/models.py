@@ -20,12 +20,17 @@ __all__ = [
     "write_table",
 ]
 
-TABLE = Path(__file__).with_name("models.json")
-_BASES = {"none", "nf4", "fp4", "int8"}
-HEADINGS = ("model_type", "task", "graph", "merge", "branch", "traced where", "refused")
-
-
 VerifiedTask = Literal["causal-lm", "sequence-classification", "token-classification", "seq2seq-lm"]
+
+TABLE = Path(__file__).with_name("models.json")
+_PEFT_TASKS: dict[VerifiedTask, str] = {
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
+}
+_BASES = {"none", "nf4", "fp4", "int8"}
+HEADINGS = ("model_type", "task", "graph", "merge", "hot-swap", "fixed", "pooled", "variants")
 
 
 class VerifiedFamily(BaseModel):
@@ -65,11 +70,11 @@ def write_table(rows: Sequence[VerifiedFamily]) -> None:
 
 def table_cells(row: VerifiedFamily) -> tuple[str, ...]:
     """A row as text, below HEADINGS; "all" stands for bases that are dense, nf4, fp4 and int8."""
-    kinds: dict[tuple[str, ...], list[str]] = {}
-    for kind, bases in row.branch.items():
-        kinds.setdefault(bases, []).append(kind)
-    branch = "; ".join(f"{', '.join(names)}: {_bases(bases)}" for bases, names in kinds.items())
-    return row.model_type, row.task, row.graph, _bases(row.merge), branch, ", ".join(row.traced), ", ".join(row.refused)
+    kinds = (row.merge, row.branch["hot-swap"], row.branch["fixed"], row.branch["pooled"])
+    variants = [
+        f"{', '.join(names)}: {what}" for names, what in ((row.traced, "traced"), (row.refused, "refused")) if names
+    ]
+    return row.model_type, _PEFT_TASKS[row.task], row.graph, *map(_bases, kinds), "; ".join(variants)
 
 
 def _bases(bases: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import onnx_ir as ir
 import pytest
 from transformers import AutoModelForCausalLM, MambaConfig
 
+import lora_deploy
 from lora_deploy.errors import CheckpointError, UsageError
 from lora_deploy.export import export_onnx, source
 from lora_deploy.export.source import choose_source
@@ -244,3 +246,16 @@ def test_the_same_model_is_traced_to_the_same_bytes() -> None:
         texts.add(ir.to_proto(graph.model).SerializeToString(deterministic=True))
     (text,) = texts
     assert b"site-packages" not in text  # torch's exporter notes where each node comes from
+
+
+def test_families_differ_in_the_source_of_the_graph_alone() -> None:
+    """No other file than those that choose and mend mobius' graphs knows a family by name."""
+    package = Path(lora_deploy.__file__).parent
+    names = {row.model_type for row in load_table()} | {"t5"}
+    found = {
+        file.relative_to(package).as_posix()
+        for file in package.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value in names
+    }
+    assert found == {"export/source.py", "export/corrections.py"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from lora_deploy.requantize.options import Grid, Requantization, mean_bits
 from lora_deploy.requantize.rounding import round_plain
-from lora_deploy.requantize.streamed import run_streamed
+from lora_deploy.requantize.streamed import cut, run_streamed
 from lora_deploy.requantize.text import Text
 
 if TYPE_CHECKING:
@@ -32,23 +32,26 @@ def measure_sensitivity(
     """
     found: dict[str, float] = {}
     for text in texts:
-        valid = text.attention_mask.bool()
+        batches = cut(text)
 
         def linear(
             name: str,
             weight: torch.Tensor,
             bias: torch.Tensor | None,
-            x: torch.Tensor,
-            valid: torch.Tensor = valid,
-        ) -> torch.Tensor:
+            inputs: Sequence[torch.Tensor],
+            batches: Sequence[Text] = batches,
+        ) -> Callable[[torch.Tensor], torch.Tensor]:
             if name in grids:
-                inputs = x[valid]
-                error = F.linear(inputs, weight - round_plain(weight, *grids[name]).dequantize())
-                share = float(error.square().sum() / F.linear(inputs, weight).square().sum().clamp(min=1e-30))
-                found[name] = found.get(name, 0.0) + share / len(texts)
-            return F.linear(x, weight, bias)
+                lost = weight - round_plain(weight, *grids[name]).dequantize()
+                error = size = 0.0
+                for x, batch in zip(inputs, batches, strict=True):
+                    valid = x[batch.attention_mask.bool()]
+                    error += float(F.linear(valid, lost).square().sum())
+                    size += float(F.linear(valid, weight).square().sum())
+                found[name] = found.get(name, 0.0) + error / max(size, 1e-30) / len(texts)
+            return lambda x: F.linear(x, weight, bias)
 
-        run_streamed(parameters, text.input_ids, text.attention_mask, linear)
+        run_streamed(parameters, [(batch.input_ids, batch.attention_mask) for batch in batches], linear)
     return found
 
 

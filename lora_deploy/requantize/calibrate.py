@@ -1,14 +1,15 @@
-"""The merged weights become codes in one forward pass over a calibration text.
+"""The merged weights become codes while a calibration text goes through the model.
 
 Every row of the text goes through the model twice at once: with the full-precision weights, and with the codes. When
-the pass comes to a linear layer, both inputs are known, the weight is read, merged and rounded, and either half goes on
-with its own product. So each weight is read once, one layer is in memory at a time, and later layers make up for what
-earlier ones lost.
+all rows have come to a linear layer, both inputs are known, the weight is read, merged and rounded, and either half
+goes on with its own product. So each weight is read once, one layer is in memory at a time, and later layers make up
+for what earlier ones lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from lora_deploy.adapter import LoraUpdate
 from lora_deploy.quantization.affine import AffineWeight
 from lora_deploy.requantize.correction import round_with_correction
+from lora_deploy.requantize.gram import Gram
 from lora_deploy.requantize.options import Grid
-from lora_deploy.requantize.rounding import Gram, round_plain, round_with_feedback
-from lora_deploy.requantize.streamed import run_streamed
+from lora_deploy.requantize.rounding import round_plain, round_with_feedback
+from lora_deploy.requantize.streamed import cut, run_streamed
 from lora_deploy.requantize.text import Text
 
 if TYPE_CHECKING:
@@ -52,9 +54,9 @@ def calibrate(
     done: set[str] = set()
     if texts and grids:
         calibration = _Calibration(grids, texts, on_weight, scale_dtype, correction)
-        ids, mask = calibration.input_ids, calibration.attention_mask
-        run_streamed(parameters, torch.cat([ids, ids]), torch.cat([mask, mask]), calibration.run)
+        run_streamed(parameters, calibration.batches, calibration.run)
         done = calibration.done
+        del calibration  # with the last layer's products
     for name, (bits, blocksize) in grids.items():
         if name not in done:  # no text, or a layer that the model did not run
             weight = parameters.read(f"{name}.weight", transposed=parameters.base.linears[name].is_conv1d)
@@ -74,21 +76,35 @@ class _Calibration:
     ) -> None:
         self.grids, self.on_weight = grids, on_weight
         self.scale_dtype, self.correction = scale_dtype, correction
-        length = max(text.input_ids.shape[1] for text in texts)
-        self.input_ids = torch.cat([F.pad(text.input_ids, (0, length - text.input_ids.shape[1])) for text in texts])
-        masks = [F.pad(text.attention_mask, (0, length - text.attention_mask.shape[1])) for text in texts]
-        self.attention_mask = torch.cat(masks)
-        self.valid = self.attention_mask.bool()
-        share = torch.cat([mask / float(mask.sum() * len(texts)) for mask in masks])
-        self.weight = share[self.valid].sqrt()[:, None]
+        self.batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._valid: list[torch.Tensor] = []
+        self._weight: list[float] = []  # of a token; its root, for products have it twice
+        for text in texts:
+            for batch in cut(text):
+                ids, mask = batch.input_ids, batch.attention_mask
+                self.batches.append((torch.cat([ids, ids]), torch.cat([mask, mask])))
+                self._valid.append(mask.bool())
+                self._weight.append(float(text.attention_mask.sum() * len(texts)) ** -0.5)
         self.done: set[str] = set()
-        self._last: tuple[torch.Tensor, Gram] | None = None
+        self._last: tuple[weakref.ref[torch.Tensor], Gram] | None = None
 
-    def run(self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    def run(
+        self, name: str, weight: torch.Tensor, bias: torch.Tensor | None, inputs: Sequence[torch.Tensor]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
         """One layer: of the full-precision half with its weight, of the other with its codes."""
         if name not in self.grids:
-            return F.linear(x, weight, bias)
-        gram, (bits, blocksize) = self._gram(x), self.grids[name]
+            return lambda x: F.linear(x, weight, bias)
+        deployed = self._round(name, weight, self._gram(inputs))
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            full, quantized = x.chunk(2)
+            return torch.cat([F.linear(full, weight, bias), F.linear(quantized, deployed, bias)])
+
+        return forward
+
+    def _round(self, name: str, weight: torch.Tensor, gram: Gram) -> torch.Tensor:
+        """Round a weight, and return what it has become."""
+        bits, blocksize = self.grids[name]
         wanted, update = gram.target(weight), None
         if self.correction:
             rounded, update = round_with_correction(wanted, gram, bits, blocksize, self.scale_dtype, self.correction)
@@ -98,14 +114,17 @@ class _Calibration:
             deployed = rounded.dequantize()
         self.on_weight(name, rounded, update)
         self.done.add(name)
-        half = len(self.input_ids)
-        return torch.cat([F.linear(x[:half], weight, bias), F.linear(x[half:], deployed, bias)])
+        return deployed
 
-    def _gram(self, x: torch.Tensor) -> Gram:
+    def _gram(self, inputs: Sequence[torch.Tensor]) -> Gram:
         """Of one input; q, k and v read the same."""
-        if self._last is None or self._last[0] is not x:
-            self._last = None
-            half = len(self.input_ids)
-            full, quantized = (part[self.valid] * self.weight for part in (x[:half], x[half:]))
-            self._last = x, Gram(quantized.t() @ quantized, full.t() @ quantized)
+        if self._last is None or self._last[0]() is not inputs[0]:
+            self._last = None  # before the next is made
+            self._last = weakref.ref(inputs[0]), Gram.of(self._halves(inputs))
         return self._last[1]
+
+    def _halves(self, inputs: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What counts of each input, full-precision and quantized, (tokens, in)."""
+        for x, valid, weight in zip(inputs, self._valid, self._weight, strict=True):
+            full, quantized = x.chunk(2)
+            yield full[valid] * weight, quantized[valid] * weight

@@ -10,7 +10,8 @@ import torch
 
 from lora_deploy.adapter import LoraUpdate
 from lora_deploy.quantization.affine import AffineWeight
-from lora_deploy.requantize.rounding import Gram, round_with_feedback
+from lora_deploy.requantize.gram import Gram
+from lora_deploy.requantize.rounding import round_with_feedback
 
 __all__ = ["round_with_correction"]
 
@@ -43,16 +44,16 @@ def round_with_correction(
 def _fit(error: torch.Tensor, gram: Gram, rank: int) -> LoraUpdate:
     """B @ A of the given rank with the smallest ||(error - B @ A) X||."""
     rank = min(rank, *error.shape)
-    lower = gram.root
-    # error X X.T error.T = (error L)(error L).T: its leading eigenvectors span the outputs that B must reach.
-    scaled = error @ lower
+    root = gram.root
+    # error X X.T error.T = (error R)(error R).T: its leading eigenvectors span the outputs that B must reach.
+    scaled = error[:, gram.order] @ root
     if scaled.shape[0] <= scaled.shape[1]:
         left = torch.linalg.eigh(scaled @ scaled.t()).eigenvectors[:, -rank:].flip(1)
         b, a = left, left.t() @ error
     else:
         right = torch.linalg.eigh(scaled.t() @ scaled).eigenvectors[:, -rank:].flip(1)
         b = scaled @ right
-        a = torch.linalg.solve_triangular(lower.t(), right, upper=True).t()
+        a = gram.in_place(torch.linalg.solve_triangular(root.t(), right, upper=False).t())
     # Both factors of one size, so that neither is lost in rounding.
     norms = (a.norm(dim=1) / b.norm(dim=0).clamp(min=1e-30)).sqrt().clamp(min=1e-30)
     return LoraUpdate((a / norms[:, None]).contiguous(), (b * norms).contiguous(), 1.0)

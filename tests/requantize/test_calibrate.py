@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from lora_deploy.requantize.budget import measure_sensitivity, spend_budget
 from lora_deploy.requantize.calibrate import calibrate
 from lora_deploy.requantize.options import Requantization, mean_bits
 from lora_deploy.requantize.rounding import round_plain
-from lora_deploy.requantize.streamed import run_streamed
+from lora_deploy.requantize.streamed import cut, run_streamed
 from lora_deploy.requantize.text import Text
 from lora_deploy.verify.reference import load_twin
 from tests.conftest import CheckpointFactory
@@ -42,6 +43,22 @@ def _text(base: TrainingBase, rows: int = 6, length: int = 12, seed: int = 0) ->
     return Text("general", "", ids, ids.clone(), mask)
 
 
+def test_batches_have_every_row_once_and_little_padding() -> None:
+    lengths = torch.randint(1, 190, (60,), generator=torch.Generator().manual_seed(2))
+    mask = (torch.arange(192) < lengths[:, None]).long()
+    ids = torch.arange(60)[:, None].expand(60, 192)
+    batches = cut(Text("general", "", ids, ids, mask))
+    rows = torch.cat([batch.input_ids[:, 0] for batch in batches])
+    assert sorted(rows.tolist()) == list(range(60))
+    for batch in batches:
+        row = batch.input_ids[:, 0]
+        assert torch.equal(batch.attention_mask.sum(dim=1), lengths[row])
+        assert batch.attention_mask.numel() <= 1024
+    assert sum(batch.attention_mask.numel() for batch in batches) < 1.3 * int(lengths.sum())
+    long = torch.ones(2, 5000, dtype=torch.int64)
+    assert [len(batch) for batch in cut(Text("general", "", long, long, long))] == [1, 1]
+
+
 def _twin(base: TrainingBase, adapter: Path) -> torch.nn.Module:
     return load_adapter(load_twin(base), adapter).eval()
 
@@ -57,14 +74,17 @@ def test_the_streamed_model_is_the_model(merged: tuple[TrainingBase, Path]) -> N
     parameters = MergedParameters(base, read_adapter(directory))
     text, seen = _text(base), []
 
-    def linear(name: str, weight: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
-        seen.append(name)
-        return torch.nn.functional.linear(x, weight, bias)
+    def linear(
+        name: str, weight: torch.Tensor, bias: torch.Tensor | None, inputs: Sequence[torch.Tensor]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        seen.append((name, len(inputs)))
+        return lambda x: torch.nn.functional.linear(x, weight, bias)
 
-    found = run_streamed(parameters, text.input_ids, text.attention_mask, linear)
+    parts = [(text.input_ids[rows], text.attention_mask[rows]) for rows in (slice(0, 3), slice(3, 4), slice(4, 6))]
+    found = torch.cat(run_streamed(parameters, parts, linear))
     expected = _hidden(_twin(base, directory), text)
     keep = text.attention_mask.bool()
-    assert sorted(seen) == sorted(base.linears)
+    assert sorted(seen) == [(name, 3) for name in sorted(base.linears)]
     torch.testing.assert_close(found[keep], expected[keep], atol=1e-4, rtol=1e-4)
     alone = _hidden(load_twin(base), text)
     assert float((alone[keep] - expected[keep]).abs().max()) > 1e-2

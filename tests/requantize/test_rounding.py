@@ -9,7 +9,8 @@ import torch
 
 from lora_deploy.quantization.affine import AffineWeight, round_to_nearest
 from lora_deploy.requantize.correction import round_with_correction
-from lora_deploy.requantize.rounding import Gram, fit_scales, round_plain, round_with_feedback
+from lora_deploy.requantize.gram import Gram
+from lora_deploy.requantize.rounding import fit_scales, round_plain, round_with_feedback
 
 
 def _inputs(columns: int, rows: int = 512, seed: int = 0) -> torch.Tensor:

@@ -21,8 +21,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lora_deploy.adapter import LoraUpdate
-from lora_deploy.errors import CheckpointError, OutputError, ParityError, UsageError
+from lora_deploy.adapter import LoraUpdate, load_adapter
+from lora_deploy.errors import AdapterError, CheckpointError, ConfigError, OutputError, ParityError, UsageError
 from lora_deploy.export import ExportResult, export_onnx, prepare, seq2seq
 from lora_deploy.export.graph import Graph
 from lora_deploy.quantization import QuantizationScheme
@@ -342,6 +342,18 @@ def test_what_is_not_made_for_an_encoder_decoder_is_refused(trained: Factory, tm
     ):
         with pytest.raises(UsageError, match="not made for encoder-decoders"):
             export_onnx(base, {"one": adapter}, output=tmp_path / "out", quantization="none", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [{}, {"trainable_token_indices": {"shared": [5, 130]}}], ids=["LoRA", "tokens"])
+def test_tables_of_tokens_are_refused_by_name(config: dict[str, Any], trained: Factory, tmp_path: Path) -> None:
+    base, _ = trained("tied")
+    _train(base, tmp_path / "own", ["q"] if config else ["q", "shared"], **config)
+    with pytest.raises(AdapterError, match="table of tokens that an export cannot change") as caught:
+        export_onnx(base, tmp_path / "own", output=tmp_path / "out", quantization="none")
+    assert caught.value.details["tensor"] == "shared"
+    with pytest.raises(ConfigError, match="look tokens up by themselves"):
+        load_adapter(_theirs(base, "none"), tmp_path / "own")
     assert not (tmp_path / "out").exists()
 
 

@@ -35,6 +35,8 @@ _CARRIED = (
     "task_type",
 )
 
+_Token = Annotated[int, Field(ge=0)]
+
 
 class LoraConfig(BaseModel):
     """What an adapter is: rank, scaling, targets. PEFT's names and defaults.
@@ -61,6 +63,10 @@ class LoraConfig(BaseModel):
         alpha_pattern: The same for lora_alpha.
         use_dora: Train the length of each row of the weight apart from its direction (https://arxiv.org/abs/2402.09353).
         lora_bias: `B` has a bias of its own, scaled as the rest of the update.
+        trainable_token_indices: Tokens whose rows of the input embedding are trained alone, or such lists by the name
+            of the embedding or output head. A head that is tied to the embedding has the same rows, unless it is named.
+        ensure_weight_tying: An embedding and the output head that is tied to it are adapted, or trained whole, as one;
+            without it each is changed alone.
     """
 
     model_config = ConfigDict(extra="allow", validate_assignment=True, allow_inf_nan=False)
@@ -82,6 +88,8 @@ class LoraConfig(BaseModel):
     alpha_pattern: dict[str, float] = Field(default_factory=dict)
     use_dora: bool = False
     lora_bias: bool = False
+    trainable_token_indices: list[_Token] | dict[str, list[_Token]] | None = None
+    ensure_weight_tying: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None
     task_type: str | None = "CAUSAL_LM"
@@ -130,6 +138,14 @@ class LoraConfig(BaseModel):
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"a regular expression: {error}") from error
+        return value
+
+    @field_validator("trainable_token_indices")
+    @classmethod
+    def _refuse_twice(cls, value: Any) -> Any:
+        for indices in value.values() if isinstance(value, dict) else [value or []]:
+            if len(set(indices)) != len(indices):
+                raise ValueError("each token once")
         return value
 
     def rank(self, module: str) -> int:

@@ -85,7 +85,6 @@ def test_merge_weights_is_written_only_where_it_is_set_since_peft_does_not_know_
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("trainable_token_indices", [1, 2]),
         ("target_parameters", ["experts.weight"]),
         ("layer_replication", [[0, 1]]),
         ("megatron_config", {"a": 1}),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from lora_deploy.adapter.tables import TableUpdate
 from lora_deploy.config import LoraConfig
 from lora_deploy.errors import AdapterError
 
@@ -102,12 +103,14 @@ class LoraAdapter:
         updates: The update of each adapted layer, by the layer's name in the transformers model.
         parameters: Parameters that were trained whole (modules_to_save, biases), by their name in the model.
         source: Where it was read from, for messages.
+        tables: What changes in embeddings and in the rows of output heads, by the layer's name.
     """
 
     config: LoraConfig
     updates: Mapping[str, LoraUpdate]
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
     source: str = "the adapter"
+    tables: Mapping[str, TableUpdate] = field(default_factory=dict)
 
     def delta_weight(self, target: str) -> torch.Tensor:
         """scaling * B @ A of one layer, float32 (out, in): with DoRA not all of what changes in its weight."""
@@ -116,7 +119,7 @@ class LoraAdapter:
     def only_updates(self) -> LoraAdapter:
         """A and B alone, without what else is trained."""
         config = self.config.model_copy(update={"use_dora": False, "lora_bias": False})
-        return replace(self, config=config, parameters={})
+        return replace(self, config=config, parameters={}, tables={})
 
     def check_against(self, shapes: Mapping[str, tuple[int, ...]], linears: Mapping[str, tuple[int, int]]) -> None:
         """Make sure that the adapter fits a base.
@@ -144,6 +147,17 @@ class LoraAdapter:
                     tensor=name,
                     found=f"B @ A is {update.shape}",
                     expected=f"{linears[name]}",
+                    remedy="give the base that the adapter was trained on",
+                )
+        for name, table in self.tables.items():
+            shape = shapes.get(f"{name}.weight")
+            if not table.fits(shape):
+                raise AdapterError(
+                    "the adapter changes a table of tokens that the base does not have",
+                    file=self.source,
+                    tensor=name,
+                    found=table.describe(),
+                    expected="no such table" if shape is None else f"one for a table {shape}",
                     remedy="give the base that the adapter was trained on",
                 )
         for name, values in self.parameters.items():

@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lora_deploy.adapter.adapter import LoraAdapter, LoraUpdate
+from lora_deploy.adapter.adapter import LoraAdapter
+from lora_deploy.adapter.stored import TOKENS, Part, Stored, make_table, make_update, tokens_of
 from lora_deploy.config import CONFIG_NAME, LoraConfig
 from lora_deploy.errors import AdapterError, OutputError
 
@@ -26,7 +26,10 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # torch.compile and FSDP wrap modules and leave their names in the keys.
 _WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module)\.")
-_LORA_KEY = re.compile(r"(?P<target>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector)(\.weight)?")
+_LORA_KEY = re.compile(
+    r"(?P<target>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector|lora_embedding_[AB]"
+    r"|token_adapter\.trainable_tokens_delta)(\.weight)?"
+)
 
 
 def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
@@ -62,7 +65,7 @@ def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
             remedy="load it with PEFT where you trust it, and save it again with save_pretrained()",
         )
     config = LoraConfig.load(directory)
-    parts: dict[str, dict[str, _Part]] = {}
+    parts: dict[str, dict[str, Part]] = {}
     parameters: dict[str, torch.Tensor] = {}
     for key, tensor in _read_tensors(file):
         name = _WRAPPERS.sub("", key)
@@ -76,23 +79,28 @@ def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
         name = name.removeprefix(_PREFIX)
         match = _LORA_KEY.fullmatch(name)
         if match:
-            parts.setdefault(match["target"], {})[match["part"]] = _Part(key, tuple(tensor.shape))
+            parts.setdefault(match["target"], {})[match["part"]] = Part(key, tuple(tensor.shape))
         elif ".lora_" in name:
             raise AdapterError(
                 "the adapter holds a kind of tensor that lora-deploy does not support",
                 file=file,
                 tensor=key,
-                expected="lora_A.weight, lora_B.weight, lora_B.bias and lora_magnitude_vector of linear layers",
+                expected="lora_A.weight, lora_B.weight, lora_B.bias and lora_magnitude_vector of linear layers, "
+                "lora_embedding_A and lora_embedding_B of embeddings",
             )
         else:
             parameters[name.replace(".base_layer.", ".")] = tensor
     for target, found in parts.items():
         _check_parts(file, target, found, config)
-    if not parts:
+    tables = {target: parts.pop(target) for target in list(parts) if not parts[target].keys() & {"lora_A.weight"}}
+    _check_tokens(file, config, tables)
+    if not parts and not tables:
         raise AdapterError("the adapter updates nothing", file=file, expected="lora_A and lora_B tensors")
-    _check_parameters(file, config, set(parts), parameters)
-    updates = _StoredUpdates(file, parts, config)
-    return LoraAdapter(config, updates if lazy else dict(updates), parameters, str(directory))
+    _check_parameters(file, config, {*parts, *tables}, parameters)
+    updates, changes = Stored(file, parts, config, make_update), Stored(file, tables, config, make_table)
+    if not lazy:
+        return LoraAdapter(config, dict(updates), parameters, str(directory), dict(changes))
+    return LoraAdapter(config, updates, parameters, str(directory), changes)
 
 
 def _check_place(directory: Path) -> None:
@@ -106,40 +114,6 @@ def _check_place(directory: Path) -> None:
             expected=f"a directory with {CONFIG_NAME} and {WEIGHTS_NAME}",
             remedy=f"give the folder of the adapter: {directory / inside[0]}",
         )
-
-
-class _Part(NamedTuple):
-    """A, B, or what else a layer's update has: its key in the file, and its shape."""
-
-    key: str
-    shape: tuple[int, ...]
-
-
-class _StoredUpdates(Mapping[str, LoraUpdate]):
-    """The updates of a file, each read when it is asked for."""
-
-    def __init__(self, file: Path, parts: dict[str, dict[str, _Part]], config: LoraConfig) -> None:
-        self._file, self._parts, self._config = file, parts, config
-
-    def __getitem__(self, target: str) -> LoraUpdate:
-        with safe_open(self._file, framework="pt") as opened:
-            read = {name: opened.get_tensor(part.key) for name, part in self._parts[target].items()}
-        return LoraUpdate(
-            read["lora_A.weight"],
-            read["lora_B.weight"],
-            self._config.scaling(target),
-            read.get("lora_magnitude_vector"),
-            read.get("lora_B.bias"),
-        )
-
-    def __contains__(self, target: object) -> bool:
-        return target in self._parts
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
 
 
 def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -169,11 +143,15 @@ def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         ) from error
 
 
-def _check_parts(file: Path, target: str, parts: dict[str, _Part], config: LoraConfig) -> None:
+def _check_parts(file: Path, target: str, parts: dict[str, Part], config: LoraConfig) -> None:
     """Make sure that an update has what the configuration says of it, no less and no more."""
-    wanted = {"lora_A.weight", "lora_B.weight"}
+    is_table = bool(parts.keys() & {"lora_embedding_A", "lora_embedding_B"})
+    a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if is_table else ("lora_A.weight", "lora_B.weight")
+    wanted = {a_name, b_name}
     wanted |= {"lora_magnitude_vector"} if config.use_dora else set()
-    wanted |= {"lora_B.bias"} if config.lora_bias else set()
+    wanted |= {"lora_B.bias"} if config.lora_bias and not is_table else set()
+    if TOKENS in parts:
+        wanted = {TOKENS}
     if parts.keys() != wanted:
         raise AdapterError(
             "a layer of the adapter has another update than its configuration says",
@@ -182,7 +160,9 @@ def _check_parts(file: Path, target: str, parts: dict[str, _Part], config: LoraC
             found=", ".join(sorted(parts)),
             expected=", ".join(sorted(wanted)),
         )
-    rank, a, b = config.rank(target), parts["lora_A.weight"].shape, parts["lora_B.weight"].shape
+    if TOKENS in parts:
+        return
+    rank, a, b = config.rank(target), parts[a_name].shape, parts[b_name].shape
     if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
         raise AdapterError(
             "an update does not have the rank that the configuration gives it",
@@ -191,7 +171,7 @@ def _check_parts(file: Path, target: str, parts: dict[str, _Part], config: LoraC
             found=f"A {a}, B {b}",
             expected=f"A ({rank}, in), B (out, {rank})",
         )
-    for name in wanted - {"lora_A.weight", "lora_B.weight"}:
+    for name in wanted - {a_name, b_name}:
         if parts[name].shape != b[:1]:
             raise AdapterError(
                 "a vector of an update has another length than the layer has outputs",
@@ -200,6 +180,35 @@ def _check_parts(file: Path, target: str, parts: dict[str, _Part], config: LoraC
                 found=parts[name].shape,
                 expected=b[:1],
             )
+
+
+def _check_tokens(file: Path, config: LoraConfig, tables: Mapping[str, dict[str, Part]]) -> None:
+    """Rows and tokens must be as many, and every table that the configuration names must be there.
+
+    A head that is tied to the embedding and has the same tokens has none of its own in the file.
+    """
+    asked = config.trainable_token_indices
+    found = {target: parts[TOKENS].shape for target, parts in tables.items() if TOKENS in parts}
+    for target, shape in found.items():
+        expected = len(tokens_of(target, config))
+        if len(shape) != 2 or shape[0] != expected:
+            raise AdapterError(
+                "the adapter holds rows for other tokens than its configuration names",
+                file=file,
+                tensor=target,
+                found=shape,
+                expected=f"({expected}, dim): a row for each of trainable_token_indices",
+            )
+    kinds = {tuple(indices) for indices in asked.values()} if isinstance(asked, dict) else {tuple(asked or ())}
+    for missing in kinds - {()} - {tokens_of(target, config) for target in found}:
+        raise AdapterError(
+            "the adapter lacks the rows of the tokens that its configuration names",
+            file=file,
+            tensor="trainable_token_indices",
+            found="no token_adapter.trainable_tokens_delta",
+            expected=f"one for {list(missing)[:5]}",
+            remedy="copy the file again, or save the adapter again",
+        )
 
 
 def _check_parameters(file: Path, config: LoraConfig, targets: set[str], parameters: dict[str, torch.Tensor]) -> None:
@@ -213,6 +222,8 @@ def _check_parameters(file: Path, config: LoraConfig, targets: set[str], paramet
         path = module.split(".")
         ancestors = [".".join(path[:depth]) for depth in range(1, len(path) + 1)]
         is_saved = any(ancestor.endswith(part) for ancestor in ancestors for part in saved)
+        if config.ensure_weight_tying and saved and module.endswith(("embed_tokens", "lm_head")):
+            is_saved = True  # PEFT saves both sides of a tie where it was told of one
         is_base_weight = last == "weight" and module in targets
         if not is_saved and not is_base_weight and not (last == "bias" and config.bias != "none"):
             raise AdapterError(
@@ -236,11 +247,11 @@ def write_adapter(adapter: LoraAdapter, directory: str | Path) -> None:
     """
     directory = Path(directory)
     tensors: dict[str, torch.Tensor] = {}
-    for target, update in adapter.updates.items():
+    for target, update in (*adapter.updates.items(), *adapter.tables.items()):
         tensors |= {f"{_PREFIX}{target}.{name}": values.contiguous() for name, values in update.tensors().items()}
     for name, values in adapter.parameters.items():
         module, _, last = name.rpartition(".")
-        if module in adapter.updates:
+        if module in adapter.updates or module in adapter.tables:
             name = f"{module}.base_layer.{last}"
         tensors[f"{_PREFIX}{name}"] = values.contiguous()
     try:

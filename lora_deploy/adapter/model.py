@@ -9,8 +9,12 @@ from torch import nn
 
 from lora_deploy.adapter.adapter import LoraAdapter, LoraUpdate
 from lora_deploy.adapter.files import read_adapter, write_adapter
+from lora_deploy.adapter.tables import EmbeddingUpdate, TableUpdate, TokenRows, check_copy
+from lora_deploy.config import LoraConfig
 from lora_deploy.errors import AdapterError
-from lora_deploy.layers.model import get_lora_config, get_lora_model, lora_layers, saved_modules
+from lora_deploy.layers.embedding import LoraEmbedding, TiedLoraHead, TokenLayer
+from lora_deploy.layers.model import adapted_layers, get_lora_config, get_lora_model, lora_layers, saved_modules
+from lora_deploy.layers.tables import find_tie, table_layers
 from lora_deploy.quantization.model import is_linear, quantized_weight
 
 __all__ = ["adapter_of", "apply_adapter", "load_adapter", "save_adapter"]
@@ -36,7 +40,20 @@ def adapter_of(model: nn.Module) -> LoraAdapter:
         )
         for name, layer in lora_layers(model).items()
     }
+    tables: dict[str, TableUpdate] = {}
+    for name, table in table_layers(model).items():
+        if isinstance(table, TiedLoraHead):
+            a, b = _copy(table.lora_embedding_B.t()), _copy(table.lora_embedding_A.t())
+            updates[name] = LoraUpdate(a.contiguous(), b.contiguous(), table.scaling)
+        elif isinstance(table, LoraEmbedding):
+            magnitude = None if table.lora_magnitude_vector is None else _copy(table.lora_magnitude_vector)
+            a, b = _copy(table.lora_embedding_A), _copy(table.lora_embedding_B)
+            tables[name] = EmbeddingUpdate(a, b, table.scaling, magnitude)
+        elif isinstance(table, TokenLayer) and not table.follows:
+            tables[name] = TokenRows(table.indices, _copy(table.trainable_tokens_delta))
     saved = set(saved_modules(model, config))
+    tie = find_tie(model) if config.ensure_weight_tying else None
+    saved |= {*tie} if tie is not None and saved & {*tie} else set()
     parameters = {}
     for name, values in _plain_parameters(model).items():
         module, _, last = name.rpartition(".")
@@ -44,11 +61,14 @@ def adapter_of(model: nn.Module) -> LoraAdapter:
         trained_bias = last == "bias" and (config.bias == "all" or (config.bias == "lora_only" and module in updates))
         if in_saved or trained_bias:
             parameters[name] = _copy(values)
-    return LoraAdapter(config, updates, parameters)
+    return LoraAdapter(config, updates, parameters, tables=tables)
 
 
 def _copy(values: torch.Tensor) -> torch.Tensor:
     return values.detach().to("cpu", copy=True)
+
+
+_TRAINED = (".lora_magnitude_vector", ".lora_embedding_A", ".lora_embedding_B", ".trainable_tokens_delta")
 
 
 def _plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -56,7 +76,7 @@ def _plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name.replace(".base_layer.", "."): parameter
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if ".lora_A." not in name and ".lora_B." not in name and not name.endswith(".lora_magnitude_vector")
+        if ".lora_A." not in name and ".lora_B." not in name and not name.endswith(_TRAINED)
     }
 
 
@@ -73,7 +93,7 @@ def apply_adapter(model: nn.Module, adapter: LoraAdapter) -> nn.Module:
     Raises:
         AdapterError: The adapter does not fit the model.
     """
-    if lora_layers(model):
+    if adapted_layers(model):
         _check_same_kind(model, adapter)
     else:
         # The output head too, which get_lora_model adapts where it is named.
@@ -81,16 +101,23 @@ def apply_adapter(model: nn.Module, adapter: LoraAdapter) -> nn.Module:
         linears = {name: quantized_weight(module).shape for name, module in modules.items()}
         shapes = {name: tuple(values.shape) for name, values in _plain_parameters(model).items()}
         adapter.check_against(shapes, linears)
-        config = adapter.config.model_copy(update={"target_modules": sorted(adapter.updates), "exclude_modules": None})
-        get_lora_model(model, config.model_copy(update={"layers_to_transform": None}))
+        get_lora_model(model, _exact_config(model, adapter))
         model._lora_config = adapter.config  # type: ignore[assignment]
-    layers = lora_layers(model)
-    if set(layers) != set(adapter.updates):
-        odd = sorted(set(layers) ^ set(adapter.updates))[0]
+    layers, tables = lora_layers(model), table_layers(model)
+    heads = {name: table for name, table in tables.items() if isinstance(table, TiedLoraHead)}
+    own = {name for name, table in tables.items() if not table.follows}
+    if ({*layers, *heads}, own) != ({*adapter.updates}, {*adapter.tables}):
+        odd = sorted(({*layers, *heads} ^ {*adapter.updates}) | (own ^ {*adapter.tables}))[0]
         raise AdapterError("the adapter and the model adapt different layers", file=adapter.source, tensor=odd)
     parameters = _plain_parameters(model)
     with torch.no_grad():
+        for name, change in adapter.tables.items():
+            for ending, values in change.tensors().items():
+                tables[name].get_parameter(ending.removeprefix("token_adapter.")).copy_(values)
         for name, update in adapter.updates.items():
+            if name in heads:
+                _check_tied(heads[name], update, name, adapter.source)
+                continue
             for ending, values in update.tensors().items():
                 layers[name].get_parameter(ending).copy_(values)
             layers[name].scaling = update.scaling
@@ -98,14 +125,48 @@ def apply_adapter(model: nn.Module, adapter: LoraAdapter) -> nn.Module:
                 layers[name].unmerge()
                 layers[name].merge()
         for name, values in adapter.parameters.items():
-            parameters[name].copy_(values)
+            if name.removesuffix(".weight") in adapter.tables:
+                check_copy(parameters[name], values, name, adapter.source)
+            else:
+                parameters[name].copy_(values)
     return model
+
+
+def _exact_config(model: nn.Module, adapter: LoraAdapter) -> LoraConfig:
+    """A configuration that adapts the layers that the adapter has, and no others."""
+    rows = {name: list(change.indices) for name, change in adapter.tables.items() if isinstance(change, TokenRows)}
+    embeddings = adapter.tables.keys() - rows.keys()
+    tie = find_tie(model)
+    # PEFT ties embeddings of some names only, and says nothing of the others: what the file holds is what was tied.
+    both_adapted = tie is not None and tie.embedding in embeddings and tie.head in adapter.updates
+    both_saved = tie is not None and all(f"{name}.weight" in adapter.parameters for name in tie)
+    changes = {
+        "target_modules": sorted(adapter.updates.keys() | embeddings),
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "trainable_token_indices": rows or None,
+        "ensure_weight_tying": adapter.config.ensure_weight_tying and (both_adapted or both_saved),
+    }
+    return adapter.config.model_copy(update=changes)
+
+
+def _check_tied(head: TiedLoraHead, update: LoraUpdate, name: str, source: str) -> None:
+    """A head that follows its embedding cannot have an update of its own."""
+    same = torch.equal(update.A.t().float(), head.lora_embedding_B.detach().cpu().float())
+    if not same or not torch.equal(update.B.t().float(), head.lora_embedding_A.detach().cpu().float()):
+        raise AdapterError(
+            "embedding and output head are said to be adapted as one, but their updates differ",
+            file=source,
+            tensor=name,
+            expected="A and B of the embedding, turned",
+            remedy="set ensure_weight_tying to false in its configuration",
+        )
 
 
 def _check_same_kind(model: nn.Module, adapter: LoraAdapter) -> None:
     """Make sure that an adapter can take the place of the one that the model has (copying would broadcast)."""
     config = get_lora_config(model)
-    for field in ("bias", "modules_to_save", "use_dora", "lora_bias"):
+    for field in ("bias", "modules_to_save", "use_dora", "lora_bias", "trainable_token_indices"):
         found, expected = getattr(adapter.config, field), getattr(config, field)
         if (found or None) != (expected or None):
             raise AdapterError(
@@ -116,6 +177,10 @@ def _check_same_kind(model: nn.Module, adapter: LoraAdapter) -> None:
                 expected=expected,
                 remedy="load the base anew",
             )
+    for name, table in table_layers(model).items():
+        change = adapter.tables.get(name)
+        if change is not None and not table.follows and not change.fits(tuple(table.weight.shape)):
+            raise AdapterError("the adapter changes another table", file=adapter.source, tensor=name)
     for name, layer in lora_layers(model).items():
         update, shapes = adapter.updates.get(name), (layer.lora_A.weight.shape, layer.lora_B.weight.shape)
         if update is not None and (update.A.shape, update.B.shape) != shapes:

@@ -220,12 +220,21 @@ def check_slots(slots: Iterable[Slot], adapter: LoraAdapter) -> None:
         AdapterError: It trains parameters whole, is a DoRA or has biases of B, or updates a layer without a slot, or of
             another shape.
     """
-    if adapter.parameters:
+    if any(name.removesuffix(".weight") not in adapter.tables for name in adapter.parameters):
         raise AdapterError(
             "the adapter trains parameters of the base whole, which a graph with slots cannot change",
             file=adapter.source,
             tensor=next(iter(adapter.parameters)),
             expected="updates of linear layers only",
+            remedy="export it alone, with --branch --fixed or --merge",
+        )
+    if adapter.tables:
+        raise AdapterError(
+            "the adapter changes a table of tokens, which a graph with slots has no place for",
+            file=adapter.source,
+            tensor=next(iter(adapter.tables)),
+            found="LoRA on an embedding, or trainable_token_indices",
+            expected="A and B of linear layers only",
             remedy="export it alone, with --branch --fixed or --merge",
         )
     for setting in ("use_dora", "lora_bias"):

@@ -30,6 +30,7 @@ from lora_deploy.export.requantized import RoundedWeights, stream_rounded
 from lora_deploy.export.seq2seq import write_parts
 from lora_deploy.export.side_files import write_side_files
 from lora_deploy.export.source import SourceChoice
+from lora_deploy.export.ties import note_ties
 from lora_deploy.export.weights import largest_first, stream_constants, stream_weights
 from lora_deploy.export.writer import commit, staging_directory, write_data, write_model
 from lora_deploy.manifest import BranchKind, Manifest
@@ -280,6 +281,7 @@ def _warnings(plan: ExportPlan, codes_sha256: str | None) -> tuple[str, ...]:
     note = note_operators(operators, plan.provider)
     head = note_head(plan.base, plan.adapters.values(), bool(plan.records))
     warnings += [found for found in (note, head) if found is not None]
+    warnings += note_ties(plan.base, plan.adapters.values(), plan.branch)
     gone = sorted(set(find_adapters(plan.output)) - (set(plan.adapters) if plan.branch == "hot-swap" else set()))
     if gone:
         warnings.append(f"the older export's adapters are not in the new one: {', '.join(gone)}; convert them again")

@@ -161,14 +161,15 @@ def _as_floats(path: Path, arrays: Tensors) -> dict[str, torch.Tensor]:
 def _describe_directory(path: Path) -> AdapterDescription:
     adapter = read_adapter(path)
     record = TrainingRecord.load(path)
+    changes = [*adapter.updates.values(), *adapter.tables.values()]
     base = f"{record.base_model} in {record.quantization}" if record else adapter.config.base_model_name_or_path
     return AdapterDescription(
         file=str(path),
         bytes=(path / WEIGHTS_NAME).stat().st_size,
         base=base or "not recorded",
-        parameters=sum(values.numel() for update in adapter.updates.values() for values in update.tensors().values()),
+        parameters=sum(values.numel() for change in changes for values in change.tensors().values()),
         updates=[_describe(name, update.A, update.B, update.scaling) for name, update in adapter.updates.items()],
-        whole=sorted(adapter.parameters),
+        whole=sorted({*adapter.parameters, *(f"{name}.weight" for name in adapter.tables)}),
     )
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 
 from lora_deploy.adapter import LoraAdapter
+from lora_deploy.adapter.tables import TokenRows, check_copy
+from lora_deploy.export.ties import table_change
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.quantization.scheme import QuantizationScheme
@@ -45,14 +47,17 @@ class MergedParameters:
             transposed: Whether the checkpoint stores it as (in, out) and (out, in) is wanted.
 
         Returns:
-            A weight that is quantized or updated: float32, (out, in). Anything else: as the checkpoint stores it,
-            turned if `transposed`.
+            A weight that is quantized or updated, and a table of tokens that is changed: float32, (out, in). Anything
+            else: as the checkpoint stores it, turned if `transposed`.
         """
         trained = self.adapter.parameters.get(parameter) if self.adapter else None
         module = parameter.removesuffix(".weight")
         if trained is None and parameter.endswith(".weight") and module in self.base.linears:
             return self._linear(module)
         values = trained if trained is not None else self.base.tensor(parameter)
+        table = table_change(self.adapter, parameter, self.base.aliases) if self.adapter else None
+        if table is not None:
+            return table.change_table(values.to(torch.float32, copy=True))
         update = self.adapter.updates.get(module) if self.adapter and parameter.endswith(".weight") else None
         if update is not None:  # an adapted output head
             return update.merge_into(values.to(torch.float32, copy=True))
@@ -88,11 +93,17 @@ def open_base(model: str | Path, scheme: QuantizationScheme | None, adapters: It
 def drop_copies(adapter: LoraAdapter, base: TrainingBase) -> LoraAdapter:
     """An adapter without the weights that it only copied from its base.
 
-    PEFT saves the base's own weight beside the update of an output head, as if it had been trained.
+    PEFT saves the base's own weight beside the update of an embedding or an output head, as if it had been trained.
+
+    Raises:
+        AdapterError: The copy of an embedding is of another base.
     """
     kept = {}
     for name, values in adapter.parameters.items():
         module, _, last = name.rpartition(".")
+        if last == "weight" and module in adapter.tables:
+            check_copy(base.tensor(name), values, name, adapter.source)
+            continue
         if last == "weight" and module in adapter.updates and not base.holds_codes(module):
             own = base.tensor(name)
             if own.shape == values.shape and torch.equal(own.float(), values.float()):
@@ -111,5 +122,8 @@ def hash_adapter(adapter: LoraAdapter) -> str:
             yield name, [update.A, update.B, torch.tensor(update.scaling, dtype=torch.float64), *more]
         for name, values in sorted(adapter.parameters.items()):
             yield name, [values]
+        for name, change in sorted(adapter.tables.items()):
+            settings = change.indices if isinstance(change, TokenRows) else (change.scaling,)
+            yield name, [torch.tensor(settings, dtype=torch.float64), *change.tensors().values()]
 
     return hash_tensors(named())

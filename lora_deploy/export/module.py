@@ -32,9 +32,10 @@ from lora_deploy.export.options import (
 from lora_deploy.export.outputs import OutputChanges
 from lora_deploy.export.plan import ONNX_DTYPES, ExportPlan
 from lora_deploy.export.source import SourceChoice
+from lora_deploy.export.ties import check_tables
 from lora_deploy.export.traced import DTYPES, finish_trace, trace_module
 from lora_deploy.export.writer import check_output
-from lora_deploy.layers.model import lora_layers
+from lora_deploy.layers.model import adapted_layers
 from lora_deploy.manifest import BranchKind, Slot
 
 __all__ = ["Examples", "name_outputs", "plan_module"]
@@ -82,7 +83,7 @@ def plan_module(
         OutputError: The output exists.
     """
     _refuse(others)
-    live = bool(lora_layers(module))
+    live = bool(adapted_layers(module))
     named = _named(adapter, live)
     checked = check_provider(provider)
     kind = check_branch(branch, {name: path or Path(name) for name, path in named.items()})
@@ -101,6 +102,7 @@ def plan_module(
     shapes = {name: layer.shape for name, layer in base.linears.items()}
     for lora in read.values():
         lora.check_against(base.shapes, shapes)
+        check_tables(lora, base)
     adapters = {name: drop_copies(lora, base) for name, lora in read.items()}
     weights, compute = choose_types(base, precision, compute_dtype, kind, checked, expand)
     check_codes_run(weights, kind, checked, expand, None, base.task)
@@ -255,7 +257,7 @@ def _check_reached(graph: Graph, adapters: Mapping[str, LoraAdapter]) -> None:
     """Whatever an adapter changes must be in the graph: torch leaves out what the example does not run through."""
     read = {segment.parameter for source in graph.sources.values() for segment in source.segments}
     for lora in adapters.values():
-        for name in [*(f"{module}.weight" for module in lora.updates), *lora.parameters]:
+        for name in [*(f"{module}.weight" for module in (*lora.updates, *lora.tables)), *lora.parameters]:
             if name not in read:
                 raise AdapterError(
                     "the adapter changes something that the traced graph does not read",

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from lora_deploy.errors import CheckpointError
-from lora_deploy.layers.model import lora_layers
+from lora_deploy.layers.model import adapted_layers
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.quantization.model import is_linear, quantized_weight
@@ -160,7 +160,7 @@ def _without_adapters(module: nn.Module) -> nn.Module:
     """The same structure without adapters, with the same parameters and buffers."""
     memo: dict[int, Any] = {id(values): values for values in (*module.parameters(), *module.buffers())}
     clean = copy.deepcopy(module, memo).train(False)
-    for name, layer in lora_layers(clean).items():
+    for name, layer in adapted_layers(clean).items():
         set_module(clean, name, layer.base_layer)
     return clean
 

@@ -32,10 +32,11 @@ from lora_deploy.export.options import (
     choose_types,
     training_scheme,
 )
-from lora_deploy.export.prepare import broken_ties, prepare_graph
+from lora_deploy.export.prepare import prepare_graph
 from lora_deploy.export.requantized import RequantizedBase
 from lora_deploy.export.seq2seq import check_seq2seq
 from lora_deploy.export.source import SourceChoice, check_graph, choose_source
+from lora_deploy.export.ties import broken_ties, check_tables
 from lora_deploy.export.writer import check_output
 from lora_deploy.manifest import BranchKind
 from lora_deploy.quantization.base import TrainingBase
@@ -161,6 +162,7 @@ def plan_export(
         linears[head] = (rows, columns)
     for lora in loras.values():
         lora.check_against(base.shapes, linears)
+        check_tables(lora, base)
     loras = {name: drop_copies(lora, base) for name, lora in loras.items()}
     for name, record in records.items():
         _check_record(base, record, str(named[name]))

@@ -16,13 +16,14 @@ from lora_deploy.export.outputs import OutputChanges
 from lora_deploy.export.requantized import RequantizedBase, correction_shapes
 from lora_deploy.export.seq2seq import join_parts, trace_parts
 from lora_deploy.export.source import SourceChoice
+from lora_deploy.export.ties import broken_ties
 from lora_deploy.export.traced import trace_graph
 from lora_deploy.export.traced_decoder import trace_decoder
 from lora_deploy.manifest import BranchKind
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.task import is_classification
 
-__all__ = ["broken_ties", "prepare_graph"]
+__all__ = ["prepare_graph"]
 
 
 def prepare_graph(
@@ -89,11 +90,3 @@ def _build_graph(
     if graph_source.source == "traced":
         return trace_decoder(config, shapes, precision=compute_dtype, file=file)
     return build_graph(config, shapes, precision=compute_dtype, provider=provider, file=file)
-
-
-def broken_ties(base: TrainingBase, adapters: Mapping[str, LoraAdapter], branch: BranchKind | None) -> set[str]:
-    """Names of tied parameters that a merged or trained weight makes differ from the one they were tied to."""
-    trained = {name for lora in adapters.values() for name in lora.parameters}
-    if branch is None:
-        trained |= {f"{name}.weight" for lora in adapters.values() for name in lora.updates}
-    return {alias for alias, name in base.aliases.items() if alias in trained or name in trained}

@@ -1,5 +1,6 @@
-"""Low-rank adapters on linear layers, dense or quantized."""
+"""Low-rank adapters on linear layers, dense or quantized, and on tables of tokens."""
 
+from lora_deploy.layers.embedding import LoraEmbedding, TokenLayer
 from lora_deploy.layers.linear import LoraLinear
 from lora_deploy.layers.model import (
     ParameterCount,
@@ -12,8 +13,10 @@ from lora_deploy.layers.model import (
 )
 
 __all__ = [
+    "LoraEmbedding",
     "LoraLinear",
     "ParameterCount",
+    "TokenLayer",
     "count_parameters",
     "get_lora_config",
     "get_lora_model",

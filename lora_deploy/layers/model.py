@@ -14,11 +14,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_deploy.config import LoraConfig
 from lora_deploy.errors import ConfigError
+from lora_deploy.layers.embedding import TableLayer, is_table
 from lora_deploy.layers.linear import LoraLinear
+from lora_deploy.layers.tables import Tie, plan_tables, table_layers
 from lora_deploy.quantization.model import is_linear, linear_modules
 
 __all__ = [
     "ParameterCount",
+    "adapted_layers",
     "count_parameters",
     "find_targets",
     "get_lora_config",
@@ -47,7 +50,9 @@ class ParameterCount(NamedTuple):
 
 
 def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
-    """Put a `LoraLinear` in the place of each targeted module and freeze everything else, in place.
+    """Put a layer with an update in the place of each targeted module and freeze everything else, in place.
+
+    Linear layers become a `LoraLinear`, embeddings a `LoraEmbedding`; tables whose tokens are named a `TokenLayer`.
 
     Args:
         model: A transformers model (any nn.Module with named linear layers), dense or quantized by bitsandbytes.
@@ -57,16 +62,20 @@ def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
         The same model. `count_parameters(model)` tells what is trained; it is logged too.
 
     Raises:
-        ConfigError: A target matches nothing or is no linear layer, or the model has an adapter already.
+        ConfigError: A target matches nothing or is no linear layer and no embedding, or the model has an adapter
+            already.
     """
-    if lora_layers(model):
-        raise ConfigError(
-            "the model has an adapter already", tensor=next(iter(lora_layers(model))), remedy="load the base anew"
-        )
+    present = next(iter(adapted_layers(model)), None)
+    if present is not None:
+        raise ConfigError("the model has an adapter already", tensor=present, remedy="load the base anew")
     targets = find_targets(model, config)
-    saved_modules(model, config)  # Raises before anything is changed.
+    saved = saved_modules(model, config)  # Raises before anything is changed, as the next line does.
+    tables = plan_tables(model, config, targets, saved)
     model.requires_grad_(False)
+    followers = {tables.tie.head} if tables.tie and tables.head_follows else set()
     for name, module in targets.items():
+        if name in tables.lora or name in followers:
+            continue
         if config.fan_in_fan_out and not isinstance(module, Conv1D):
             _logger.warning("fan_in_fan_out is set but %s is no Conv1D; its weight is read as (out, in)", name)
         layer = LoraLinear.from_base(
@@ -82,7 +91,9 @@ def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
         _replace(model, name, layer)
     has_conv1d = any(isinstance(module, Conv1D) for module in targets.values())
     config = config.model_copy(update={"fan_in_fan_out": has_conv1d})
-    _train_saved_modules(model, config)
+    _train_saved_modules(model, saved, tables.shared)
+    tables.put(model, config)
+    tables.say_ties({*targets, *saved})
     _train_biases(model, config)
     model._lora_config = config  # type: ignore[assignment]
     _logger.info("%s", count_parameters(model))
@@ -106,8 +117,13 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
+def adapted_layers(model: nn.Module) -> dict[str, LoraLinear | TableLayer]:
+    """Everything that stands in the place of a module of the base, by that module's name."""
+    return {**lora_layers(model), **table_layers(model)}
+
+
 def merge_adapter(model: nn.Module) -> None:
-    """`merge()` on every adapted layer."""
+    """`merge()` on every adapted linear layer. Embeddings look tokens up in base and update as before."""
     for layer in lora_layers(model).values():
         layer.merge()
 
@@ -133,7 +149,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     """The modules that the configuration targets, by full name.
 
     Raises:
-        ConfigError: A name matches nothing, or something that is no linear layer.
+        ConfigError: A name matches nothing, or something that is no linear layer and no embedding.
     """
     every = config.target_modules in (None, "all-linear")
     targets = linear_modules(model) if every else _match_modules(model, config)
@@ -166,9 +182,12 @@ def _match_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
                 expected=f"perhaps {', '.join(near)}" if near else f"one of {', '.join(endings)}",
             )
     for name, module in targets.items():
-        if not is_linear(module):
+        if not is_linear(module) and not is_table(module):
             raise ConfigError(
-                "a target is no linear layer", tensor=name, found=type(module).__name__, expected="a linear layer"
+                "a target is no linear layer and no embedding",
+                tensor=name,
+                found=type(module).__name__,
+                expected="a linear layer, or an embedding that looks its rows up and no more",
             )
     return targets
 
@@ -227,8 +246,13 @@ def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     return {name: module for name, module in found.items() if not any(name.startswith(f"{other}.") for other in found)}
 
 
-def _train_saved_modules(model: nn.Module, config: LoraConfig) -> None:
-    for name, module in saved_modules(model, config).items():
+def _train_saved_modules(model: nn.Module, saved: dict[str, nn.Module], shared: Tie | None) -> None:
+    """Train copies of modules; where both sides of a tie are to stay one, both are copied and share the weight."""
+    if shared is not None and not saved.keys() & {*shared}:
+        shared = None
+    if shared is not None:
+        saved = {**saved, **{name: model.get_submodule(name) for name in shared}}
+    for name, module in saved.items():
         # A copy, so that a head tied to the embedding is trained alone and the embedding stays the base's.
         trained = copy.deepcopy(module)
         for parameter in trained.parameters():
@@ -245,6 +269,8 @@ def _train_saved_modules(model: nn.Module, config: LoraConfig) -> None:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
         _replace(model, name, trained)
+    if shared is not None:
+        model.get_submodule(shared.head).weight = model.get_submodule(shared.embedding).weight
 
 
 def _compute_in_float32(module: nn.Module, outside: torch.dtype) -> None:
@@ -265,7 +291,7 @@ def _train_biases(model: nn.Module, config: LoraConfig) -> None:
         for name, parameter in model.named_parameters():
             if name == "bias" or name.endswith(".bias"):
                 parameter.requires_grad_(True)
-    elif config.bias == "lora_only":
+    elif config.bias == "lora_only":  # an embedding has none
         for layer in lora_layers(model).values():
             if layer.bias is not None:
                 layer.bias.requires_grad_(True)

@@ -25,6 +25,7 @@ from lora_deploy.adapter.int8 import dequantize
 from lora_deploy.adapter.packing import deployed_adapter
 from lora_deploy.export.coded import decode, initializer_shapes
 from lora_deploy.export.merge import MergedParameters
+from lora_deploy.export.ties import changed_tables
 from lora_deploy.layers.model import lora_layers
 from lora_deploy.manifest import CodedWeight, Manifest, Slot, StoredModule
 from lora_deploy.quantization.base import TrainingBase
@@ -79,6 +80,11 @@ class DeployedWeights:
         if module in self.corrections:
             values += self.corrections[module].delta_weight()
         return values
+
+    def inside(self, module: str, base: TrainingBase) -> bool:
+        """Whether a layer's weight is among these, its own or that of the layer it is still tied to."""
+        shared = base.aliases.get(f"{module}.weight", "").removesuffix(".weight")
+        return module in self._coded or shared in self._coded
 
     def _read_correction(self, slot: Slot) -> Iterator[tuple[str, LoraUpdate]]:
         """A and B of each of a slot's layers, from the strips that the file holds."""
@@ -162,16 +168,21 @@ def load_deployed_twin(
         running = deployed_adapter(adapter, weights.manifest.slots)
         return apply_live(twin, _keep_factors(running, weights, base) if adapter.config.use_dora else running)
     for name, values in adapter.parameters.items():
-        if name.removesuffix(".weight") not in weights.modules:
+        if not weights.inside(name.removesuffix(".weight"), base):
             _put_parameter(twin, name, values.float())
+    for name, change in changed_tables(adapter, base.aliases).items():
+        if not weights.inside(name.removesuffix(".weight"), base):
+            _put_parameter(twin, name, change.change_table(twin.get_parameter(name).detach().clone()))
     for name, update in adapter.updates.items():
-        if name in weights.modules:
+        if weights.inside(name, base):
             _move_bias(twin, name, update.scaled_bias())
-    left = {name: update for name, update in adapter.updates.items() if name not in weights.modules}
+    left = {name: update for name, update in adapter.updates.items() if not weights.inside(name, base)}
     if not left:
         return twin
-    config = adapter.config.model_copy(update={"bias": "none", "modules_to_save": None})
-    return apply_live(twin, replace(adapter, config=config, updates=left, parameters={}))
+    config = adapter.config.model_copy(
+        update={"bias": "none", "modules_to_save": None, "trainable_token_indices": None}
+    )
+    return apply_live(twin, replace(adapter, config=config, updates=left, parameters={}, tables={}))
 
 
 def _put_weight(twin: PreTrainedModel, base: TrainingBase, weights: DeployedWeights, module: str) -> None:
@@ -236,6 +247,9 @@ def take_update_out(twin: PreTrainedModel, base: TrainingBase, adapter: LoraAdap
         if is_conv1d:
             delta = delta.t()
         _put_parameter(twin, f"{name}.weight", twin.get_parameter(f"{name}.weight") - delta)
+    for name, change in changed_tables(adapter, base.aliases).items():
+        table = own.read(name).float()
+        _put_parameter(twin, name, twin.get_parameter(name) - (change.change_table(table.clone()) - table))
     if base.task == "causal-lm":
         for name in adapter.parameters:
             place = name.replace(".weight", ".base_layer.weight") if name.removesuffix(".weight") in live else name

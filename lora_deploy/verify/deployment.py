@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lora_deploy.adapter import LoraAdapter
 from lora_deploy.adapter.packing import deployed_adapter
 from lora_deploy.export.merge import MergedParameters
-from lora_deploy.layers.model import lora_layers
+from lora_deploy.layers.model import adapted_layers
 from lora_deploy.manifest import read_metadata
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.text import HELD_OUT, Text, pick_text
@@ -102,7 +102,7 @@ def _without_update(model: PreTrainedModel) -> Logits:
 @contextmanager
 def _update_off(model: PreTrainedModel) -> Iterator[None]:
     """For a moment, no layer has its low-rank update."""
-    layers = lora_layers(model).values()
+    layers = adapted_layers(model).values()
     try:
         for layer in layers:
             layer.active = False
@@ -120,7 +120,7 @@ def _compare_classes(trained: PreTrainedModel, deployed: PreTrainedModel, batch:
     reference = logits(trained)
     found = compare_logits(reference, logits(deployed), everything, tie_margin=0.0)
     base_kl = None
-    if lora_layers(trained):
+    if adapted_layers(trained):
         with _update_off(trained):
             base_kl = compare_logits(reference, logits(trained), everything, tie_margin=0.0).mean_kl
     return TextResult(name=batch.name, tokens=found.tokens, kl=found.mean_kl, top1=found.top1, base_kl=base_kl)
@@ -129,7 +129,7 @@ def _compare_classes(trained: PreTrainedModel, deployed: PreTrainedModel, batch:
 def _survival(
     weights: DeployedWeights, base: TrainingBase, adapter: LoraAdapter | None
 ) -> tuple[dict[str, float], float | None]:
-    """<W_deployed - W_base, dW> / <dW, dW> of each layer that the adapter updates, and of all together."""
+    """<W_deployed - W_base, dW> / <dW, dW> of each layer and table that the adapter updates, and of all together."""
     if adapter is None:
         return {}, None
     running = deployed_adapter(adapter, weights.manifest.slots)
@@ -144,6 +144,14 @@ def _survival(
             moved += weights.read(name) - read_base().float()
         if not (weights.is_merged and name in weights.modules):  # beside the weight, or merged into one in floats
             moved += running.updates[name].change(read_base)
+        found, expected = float((moved * delta).sum()), float(delta.square().sum())
+        kept, whole = kept + found, whole + expected
+        layers[name] = found / expected if expected else 1.0
+    alone = MergedParameters(base, None)
+    for name, change in adapter.tables.items():
+        table = alone.read(f"{name}.weight").float()
+        delta = change.change_table(table.clone()).sub_(table)
+        moved = weights.read(name) - table if name in weights.modules else delta
         found, expected = float((moved * delta).sum()), float(delta.square().sum())
         kept, whole = kept + found, whole + expected
         layers[name] = found / expected if expected else 1.0

@@ -19,7 +19,7 @@ from lora_deploy.export.merge import drop_copies, hash_adapter
 from lora_deploy.export.module import Examples, name_inputs, name_outputs
 from lora_deploy.export.module_base import ModuleBase
 from lora_deploy.export.traced import DTYPES
-from lora_deploy.layers.model import lora_layers
+from lora_deploy.layers.model import adapted_layers
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.session import OnnxSession, numpy_dtype
 from lora_deploy.verify.cases import weak_effects
@@ -64,7 +64,7 @@ def verify_module(
     base = ModuleBase(module, name_inputs(module, example_inputs))
     expect_same(base.sha256(), entries["lora_deploy.base_sha256"], "module", base.directory, "module")
     if adapter is None:
-        read = {"default": adapter_of(module)} if lora_layers(module) else {}
+        read = {"default": adapter_of(module)} if adapted_layers(module) else {}
     elif isinstance(adapter, Mapping):
         read = {name: read_adapter(place) for name, place in adapter.items()}
     else:
@@ -124,7 +124,7 @@ def check_module(
         for number, (name, lora) in enumerate(adapters.items()):
             on_progress("verifying", number + 1, len(adapters) + 1)
             label, chosen = ("", None) if branch in (None, "fixed") else (name, name)
-            results += check.compare(label, chosen, lora, replace(lora, updates={}))
+            results += check.compare(label, chosen, lora, replace(lora, updates={}, tables={}))
     on_progress("verifying", len(adapters) + 1, len(adapters) + 1)
     control_failed, passed = judge(results)
     report = ParityReport(
@@ -235,7 +235,7 @@ def _twin(base: ModuleBase, adapter: LoraAdapter | None) -> nn.Module:
     twin = base.float_twin()
     if adapter is None:
         return twin
-    if adapter.updates:
+    if adapter.updates or adapter.tables:
         return apply_live(twin, adapter)
     own = twin.state_dict()
     for name, values in adapter.parameters.items():

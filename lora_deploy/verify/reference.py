@@ -60,7 +60,8 @@ def load_twin(base: TrainingBase) -> PreTrainedModel:
 
 def apply_live(twin: _Model, adapter: LoraAdapter) -> _Model:
     """Put an adapter beside the twin's layers, in place, as a branch that is never merged."""
-    config = adapter.config.model_copy(update={"merge_weights": False})
+    # Each side of a tie for itself, as the file has it: nothing is trained here.
+    config = adapter.config.model_copy(update={"merge_weights": False, "ensure_weight_tying": False})
     return cast(_Model, apply_adapter(twin, replace(adapter, config=config)).eval())
 
 

@@ -158,7 +158,7 @@ def _twin(base: TrainingBase, adapter: LoraAdapter | None) -> PreTrainedModel:
     twin = load_twin(base)
     if adapter is None:
         return twin
-    if adapter.updates:
+    if adapter.updates or adapter.tables:
         return apply_live(twin, adapter)
     put_parameters(twin, adapter.parameters)
     return twin

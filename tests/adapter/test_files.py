@@ -66,8 +66,8 @@ TENSOR_FAULTS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     "a bias nobody announced": (_add(f"{TARGET}.base_layer.bias", 64), f"{TARGET}.bias"),
     "a DoRA magnitude nobody announced": (_add(f"{TARGET}.lora_magnitude_vector", 64), TARGET),
     "a bias of B nobody announced": (_add(f"{TARGET}.lora_B.bias", 64), TARGET),
-    "an embedding's A": (_add("model.embed_tokens.lora_embedding_A", 4, 131), "lora_embedding_A"),
-    "a trainable token": (_add("model.embed_tokens.token_adapter.trainable_tokens_delta", 1, 64), "tokens_delta"),
+    "an embedding's A": (_add("model.embed_tokens.lora_embedding_A", 4, 131), "model.embed_tokens"),
+    "a trainable token": (_add("model.embed_tokens.token_adapter.trainable_tokens_delta", 1, 64), "model.embed_tokens"),
 }
 
 
@@ -141,7 +141,6 @@ def test_a_damaged_file_is_refused_by_name(fault: str, adapter_dir: Path) -> Non
 @pytest.mark.parametrize(
     "setting",
     [
-        {"trainable_token_indices": [1]},
         {"target_parameters": ["mlp.weight"]},
         {"alpha_of_tomorrow": 2.0},
     ],

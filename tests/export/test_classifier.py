@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import peft
@@ -339,3 +340,23 @@ def test_a_head_that_was_quantized_too_is_read_from_a_quantized_checkpoint(
         other = export_onnx(dense, adapter, output=tmp_path / "other", quantization="nf4")
         assert "classifier.dense, classifier.out_proj" in other.warnings[0]
         assert _distance(_onnx_logits(other.output), expected) > 1e-2
+
+
+@pytest.mark.parametrize("branch", [None, "fixed"])
+@pytest.mark.parametrize("tokens", [False, True], ids=["LoRA", "tokens"])
+def test_tables_of_tokens_that_an_adapter_changes(
+    tokens: bool, branch: Any, classifier_dir: ClassifierFactory, tmp_path: Path
+) -> None:
+    base = classifier_dir("bert")
+    changed: dict[str, Any] = {"trainable_token_indices": list(range(20, 90))} if tokens else {}
+    targets = ["query"] if tokens else ["query", "word_embeddings", "position_embeddings"]
+    train_with_peft(base, tmp_path / "own", targets, **changed)
+    train_with_peft(base, tmp_path / "without", ["query"])
+    options: dict[str, Any] = {"merge": branch is None, "branch": branch}
+    result = export_onnx(base, tmp_path / "own", output=tmp_path / "out", quantization="none", **options)
+    assert result.report is not None
+    assert result.report.passed
+    found = _onnx_logits(tmp_path / "out")
+    assert _distance(found, peft_logits(base, tmp_path / "own", "none")) <= 1e-3
+    assert _distance(found, peft_logits(base, tmp_path / "without", "none")) > 0.1
+    assert _distance(found, peft_logits(base, None, "none")) > 0.1

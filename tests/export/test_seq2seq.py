@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import peft
@@ -15,8 +16,8 @@ from transformers import (
     AutoModelForSeq2SeqLM,
 )
 
-from lora_deploy.adapter import LoraUpdate
-from lora_deploy.errors import CheckpointError, OutputError, ParityError, UsageError
+from lora_deploy.adapter import LoraUpdate, load_adapter
+from lora_deploy.errors import AdapterError, CheckpointError, ConfigError, OutputError, ParityError, UsageError
 from lora_deploy.export import ExportResult, export_onnx, seq2seq
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
@@ -221,6 +222,18 @@ def test_what_is_not_made_for_an_encoder_decoder_is_refused(trained: Factory, tm
     ):
         with pytest.raises(UsageError, match="not made for encoder-decoders"):
             export_onnx(base, {"one": adapter}, output=tmp_path / "out", quantization="none", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [{}, {"trainable_token_indices": {"shared": [5, 130]}}], ids=["LoRA", "tokens"])
+def test_tables_of_tokens_are_refused_by_name(config: dict[str, Any], trained: Factory, tmp_path: Path) -> None:
+    base, _ = trained("tied")
+    train_with_peft(base, tmp_path / "own", ["q"] if config else ["q", "shared"], **config)
+    with pytest.raises(AdapterError, match="table of tokens that an export cannot change") as caught:
+        export_onnx(base, tmp_path / "own", output=tmp_path / "out", quantization="none")
+    assert caught.value.details["tensor"] == "shared"
+    with pytest.raises(ConfigError, match="look tokens up by themselves"):
+        load_adapter(load_theirs(base, "none"), tmp_path / "own")
     assert not (tmp_path / "out").exists()
 
 

@@ -164,7 +164,7 @@ def test_a_target_that_matches_nothing_is_an_error_that_lists_near_names(targets
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"target_modules": ["embed_tokens"]}, "Embedding"),
+        ({"target_modules": ["norm"]}, "no linear layer and no embedding"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "no module is left"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, "no module is left"),
         ({"modules_to_save": ["lm_haed"]}, "lm_head"),

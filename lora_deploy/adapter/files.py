@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lora_deploy.adapter.adapter import LoraAdapter, LoraUpdate
+from lora_deploy.adapter.keys import plain_names
 from lora_deploy.config import CONFIG_NAME, LoraConfig
 from lora_deploy.errors import AdapterError, OutputError
 
@@ -24,8 +25,6 @@ __all__ = ["WEIGHTS_NAME", "read_adapter", "write_adapter"]
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-# torch.compile and FSDP wrap modules and leave their names in the keys.
-_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module)\.")
 _LORA_KEY = re.compile(r"(?P<target>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector)(\.weight)?")
 
 
@@ -64,16 +63,7 @@ def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
     config = LoraConfig.load(directory)
     parts: dict[str, dict[str, _Part]] = {}
     parameters: dict[str, torch.Tensor] = {}
-    for key, tensor in _read_tensors(file):
-        name = _WRAPPERS.sub("", key)
-        if not name.startswith(_PREFIX):
-            raise AdapterError(
-                "a tensor of the adapter has a name that PEFT does not give",
-                file=file,
-                tensor=key,
-                expected=f"a name that begins with {_PREFIX}",
-            )
-        name = name.removeprefix(_PREFIX)
+    for key, name, tensor in _read_tensors(file):
         match = _LORA_KEY.fullmatch(name)
         if match:
             parts.setdefault(match["target"], {})[match["part"]] = _Part(key, tuple(tensor.shape))
@@ -142,10 +132,11 @@ class _StoredUpdates(Mapping[str, LoraUpdate]):
         return len(self._parts)
 
 
-def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_tensors(file: Path) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Each tensor with its key and with what the key names in the model."""
     try:
         with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - a safe_open is no mapping
+            for key, name in plain_names(file, opened.keys()).items():
                 tensor = opened.get_tensor(key)
                 if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                     raise AdapterError(
@@ -156,7 +147,7 @@ def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                         expected="finite floating-point numbers",
                         remedy="the training diverged: lower the learning rate, or take an earlier checkpoint",
                     )
-                yield key, tensor
+                yield key, name, tensor
     except FileNotFoundError:
         raise AdapterError("the adapter has no weights", file=file) from None
     except (SafetensorError, OSError) as error:

@@ -81,8 +81,9 @@ def apply_adapter(model: nn.Module, adapter: LoraAdapter) -> nn.Module:
         linears = {name: quantized_weight(module).shape for name, module in modules.items()}
         shapes = {name: tuple(values.shape) for name, values in _plain_parameters(model).items()}
         adapter.check_against(shapes, linears)
-        config = adapter.config.model_copy(update={"target_modules": sorted(adapter.updates), "exclude_modules": None})
-        get_lora_model(model, config.model_copy(update={"layers_to_transform": None}))
+        # The layers are known, and every number will be replaced, however it began.
+        known = {"target_modules": sorted(adapter.updates), "exclude_modules": None, "layers_to_transform": None}
+        get_lora_model(model, adapter.config.model_copy(update=known | {"init_lora_weights": True}))
         model._lora_config = adapter.config  # type: ignore[assignment]
     layers = lora_layers(model)
     if set(layers) != set(adapter.updates):

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_deploy.config import LoraConfig
 from lora_deploy.errors import ConfigError
+from lora_deploy.layers.checks import check_called, check_initialization, check_saved, initialization, targets_for_peft
 from lora_deploy.layers.linear import LoraLinear
 from lora_deploy.quantization.model import is_linear, linear_modules
 
@@ -64,7 +65,9 @@ def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
             "the model has an adapter already", tensor=next(iter(lora_layers(model))), remedy="load the base anew"
         )
     targets = find_targets(model, config)
-    saved_modules(model, config)  # Raises before anything is changed.
+    # Both raise before anything is changed.
+    check_initialization(config, targets)
+    check_saved(saved_modules(model, config), targets)
     model.requires_grad_(False)
     for name, module in targets.items():
         if config.fan_in_fan_out and not isinstance(module, Conv1D):
@@ -74,14 +77,14 @@ def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
             config.rank(name),
             scaling=config.scaling(name),
             lora_dropout=config.lora_dropout,
-            init_lora_weights=config.init_lora_weights,
+            init_lora_weights=initialization(config),
             merge_weights=config.merge_weights,
             use_dora=config.use_dora,
             lora_bias=config.lora_bias,
         )
         _replace(model, name, layer)
     has_conv1d = any(isinstance(module, Conv1D) for module in targets.values())
-    config = config.model_copy(update={"fan_in_fan_out": has_conv1d})
+    config = config.model_copy(update={"fan_in_fan_out": has_conv1d} | targets_for_peft(config, targets))
     _train_saved_modules(model, config)
     _train_biases(model, config)
     model._lora_config = config  # type: ignore[assignment]
@@ -135,7 +138,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     Raises:
         ConfigError: A name matches nothing, or something that is no linear layer.
     """
-    every = config.target_modules in (None, "all-linear")
+    wanted = config.target_modules
+    every = wanted is None or (isinstance(wanted, str) and wanted.lower() == "all-linear")
     targets = linear_modules(model) if every else _match_modules(model, config)
     excluded = config.exclude_modules
     targets = {name: module for name, module in targets.items() if excluded is None or not _matches(name, excluded)}
@@ -149,6 +153,12 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             found=f"{config.target_modules!r}, excluded {excluded!r}, layers {config.layers_to_transform!r}",
             expected=f"some of {_endings(linear_modules(model))}",
         )
+    for name, module in targets.items():
+        if not is_linear(module):
+            raise ConfigError(
+                "a target is no linear layer", tensor=name, found=type(module).__name__, expected="a linear layer"
+            )
+        check_called(model, name)
     return targets
 
 
@@ -164,11 +174,6 @@ def _match_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
                 "a target matches no module of the model",
                 tensor=f"target_modules: {pattern}",
                 expected=f"perhaps {', '.join(near)}" if near else f"one of {', '.join(endings)}",
-            )
-    for name, module in targets.items():
-        if not is_linear(module):
-            raise ConfigError(
-                "a target is no linear layer", tensor=name, found=type(module).__name__, expected="a linear layer"
             )
     return targets
 
@@ -190,12 +195,16 @@ def _endings(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _in_layers(name: str, config: LoraConfig) -> bool:
+    """PEFT's rule: the first number after a name of `layers_pattern`, or, without one, after any name but the first."""
     wanted = config.layers_to_transform
     indices = [wanted] if isinstance(wanted, int) else list(wanted or ())
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    names = "|".join(patterns) if patterns else r"[^.]+"
-    match = re.search(rf"(?:^|\.)(?:{names})\.(\d+)\.", name)
-    return match is not None and int(match.group(1)) in indices
+    rules = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns or () if pattern]
+    for rule in rules or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
+        match = re.match(rule, name)
+        if match is not None:
+            return int(match["index"]) in indices
+    return False
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lora_deploy.errors import ConfigError
 
-__all__ = ["CONFIG_NAME", "LoraConfig"]
+__all__ = ["CONFIG_NAME", "LoraConfig", "pattern_matches"]
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -249,10 +249,15 @@ class LoraConfig(BaseModel):
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
+def pattern_matches(pattern: str, module: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` fits the end of a module's name."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
 def _pattern_value(patterns: dict[str, Any], module: str, default: float) -> float:
     # The first that matches, as in PEFT; sorted, because PEFT and we sort the keys of the file, so that overlapping
     # patterns mean the same before and after saving.
     for pattern, value in sorted(patterns.items()):
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if pattern_matches(pattern, module):
             return float(value)
     return float(default)

@@ -7,10 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from lora_deploy.config import LoraConfig
+from lora_deploy.config import LoraConfig, pattern_matches
 from lora_deploy.errors import ConfigError
 
-__all__ = ["check_called", "check_initialization", "check_saved", "initialization", "targets_for_peft"]
+__all__ = [
+    "check_called",
+    "check_initialization",
+    "check_saved",
+    "initialization",
+    "targets_for_peft",
+    "unused_patterns",
+]
 
 
 def initialization(config: LoraConfig) -> bool | str:
@@ -74,6 +81,16 @@ def check_called(model: nn.Module, name: str) -> None:
             expected="a linear layer that is called",
             remedy="name it in exclude_modules",
         )
+
+
+def unused_patterns(config: LoraConfig, targets: Mapping[str, nn.Module]) -> list[str]:
+    """The keys of `rank_pattern` and `alpha_pattern` that are the pattern of no target, each as `field: key`."""
+    patterns = [(field, pattern) for field in ("rank_pattern", "alpha_pattern") for pattern in getattr(config, field)]
+    return [
+        f"{field}: {pattern}"
+        for field, pattern in patterns
+        if not any(pattern_matches(pattern, name) for name in targets)
+    ]
 
 
 def targets_for_peft(config: LoraConfig, targets: Mapping[str, nn.Module]) -> dict[str, Any]:

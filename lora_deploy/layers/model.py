@@ -14,7 +14,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_deploy.config import LoraConfig
 from lora_deploy.errors import ConfigError
-from lora_deploy.layers.checks import check_called, check_initialization, check_saved, initialization, targets_for_peft
+from lora_deploy.layers.checks import (
+    check_called,
+    check_initialization,
+    check_saved,
+    initialization,
+    targets_for_peft,
+    unused_patterns,
+)
 from lora_deploy.layers.linear import LoraLinear
 from lora_deploy.quantization.model import is_linear, linear_modules
 
@@ -68,6 +75,8 @@ def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
     # Both raise before anything is changed.
     check_initialization(config, targets)
     check_saved(saved_modules(model, config), targets)
+    for unused in unused_patterns(config, targets):
+        _logger.warning("%s is the pattern of no adapted module", unused)
     model.requires_grad_(False)
     for name, module in targets.items():
         if config.fan_in_fan_out and not isinstance(module, Conv1D):

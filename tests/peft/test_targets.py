@@ -187,6 +187,17 @@ def test_ranks_and_scalings_by_pattern(case: str) -> None:
         assert (ours[name].r, ours[name].scaling) == (layer.r["default"], pytest.approx(layer.scaling["default"]))
 
 
+def test_a_pattern_of_no_module_is_warned_about_as_in_peft(caplog: pytest.LogCaptureFixture) -> None:
+    config = {"target_modules": ["lin"], "rank_pattern": {"lin": 2, "up": 2}, "alpha_pattern": {"in": 3}}
+    with pytest.warns(RuntimeWarning, match="up"):
+        _theirs(model("Wrapped"), config)
+    get_lora_model(model("Wrapped"), LoraConfig(**config))
+    assert [record.getMessage().partition(" is ")[0] for record in caplog.records] == [
+        "rank_pattern: up",
+        "alpha_pattern: in",
+    ]
+
+
 @pytest.mark.parametrize(
     "config",
     [

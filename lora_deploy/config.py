@@ -17,16 +17,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from lora_deploy.errors import ConfigError
 
-__all__ = ["CONFIG_NAME", "LoraConfig"]
+__all__ = ["CONFIG_NAME", "LoraConfig", "pattern_matches"]
 
 CONFIG_NAME = "adapter_config.json"
 
-# Fields that say where the adapter came from, or that PEFT always writes and that do nothing without
-# another one (megatron_config, use_qalora), which is refused.
+# Fields that say where the adapter came from, that PEFT always writes and that do nothing without another one
+# (megatron_config, use_qalora), which is refused, or that say how A and B began (init_lora_weights decides).
 _CARRIED = (
     "auto_mapping",
     "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
     "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
     "megatron_core",
     "peft_type",
     "peft_version",
@@ -36,6 +40,18 @@ _CARRIED = (
 )
 
 _Token = Annotated[int, Field(ge=0)]
+# How A and B began does not matter once they are trained, as long as the base stayed as it was.
+_INITS_OF_A_AND_B = ("gaussian", "orthogonal", "eva", "mica")
+# PEFT takes these beginnings out of the base's weights, which it does not save with the adapter.
+_INITS_OF_THE_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_REMEDY_CONVERSION = (
+    "convert it with PEFT: save the untrained adapter with save_pretrained(INIT) and init_lora_weights=True in its "
+    "config, and the trained one with save_pretrained(DIR, path_initial_model_for_weight_conversion=INIT)"
+)
+_REMEDY_LOFTQ = (
+    "save the base that was trained with get_base_model().save_pretrained(), set init_lora_weights to true in the "
+    "adapter's configuration, and give that base"
+)
 
 
 class LoraConfig(BaseModel):
@@ -57,7 +73,10 @@ class LoraConfig(BaseModel):
         bias: Which biases are trained: none of them, all, or those of the adapted layers.
         modules_to_save: Names of modules that are trained whole and saved with the adapter.
         init_lora_weights: True: `A` Kaiming-uniform; "gaussian": `A` normal with std 1/r; in both
-            `B` is zero, so that training starts from the base. False: `B` is random too.
+            `B` is zero, so that training starts from the base. "orthogonal": both random with B @ A zero, for even
+            ranks (https://datta0.github.io/posts/rethink-lora-init/). False: `B` is random too. "eva" and "mica" are
+            read, not trained; those that change the base's weights ("pissa", "olora", "corda", "lora_ga", "loftq")
+            are refused.
         use_rslora: Scale by lora_alpha / sqrt(r) (https://arxiv.org/abs/2312.03732).
         rank_pattern: Ranks of single modules: a regular expression for the end of the name -> r.
         alpha_pattern: The same for lora_alpha.
@@ -72,7 +91,7 @@ class LoraConfig(BaseModel):
     model_config = ConfigDict(extra="allow", validate_assignment=True, allow_inf_nan=False)
 
     r: int = Field(default=8, gt=0)
-    lora_alpha: float = 8
+    lora_alpha: int | float = 8
     lora_dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     target_modules: list[str] | str | None = "all-linear"
     exclude_modules: list[str] | str | None = None
@@ -82,10 +101,10 @@ class LoraConfig(BaseModel):
     merge_weights: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[str] | None = None
-    init_lora_weights: Literal[True, False, "gaussian"] = True
+    init_lora_weights: bool | str = True
     use_rslora: bool = False
     rank_pattern: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] = Field(default_factory=dict)
     use_dora: bool = False
     lora_bias: bool = False
     trainable_token_indices: list[_Token] | dict[str, list[_Token]] | None = None
@@ -116,11 +135,42 @@ class LoraConfig(BaseModel):
             raise ConfigError(
                 "this is not a LoRA adapter", tensor="peft_type", found=values["peft_type"], expected="LORA"
             )
-        values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
-        return {key: value for key, value in values.items() if key in cls.model_fields or key in _CARRIED}
+        # A key that is off is kept too: what PEFT wrote goes back to PEFT.
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+    @field_validator("init_lora_weights")
+    @classmethod
+    def _check_init(cls, value: bool | str) -> bool | str:
+        name = str(value).lower()
+        if name.startswith(_INITS_OF_THE_BASE):
+            raise ConfigError(
+                "this adapter belongs to a base whose weights PEFT changed when training began, and does not hold them",
+                tensor="init_lora_weights",
+                found=value,
+                expected="a plain LoRA",
+                remedy=_REMEDY_LOFTQ if name == "loftq" else _REMEDY_CONVERSION,
+            )
+        if isinstance(value, str) and name not in _INITS_OF_A_AND_B:
+            raise ValueError(f"true, false, or one of {', '.join(_INITS_OF_A_AND_B)}")
+        return value
 
     @model_validator(mode="after")
     def _refuse_both(self) -> LoraConfig:
+        """What PEFT refuses too, so that it can read what is saved."""
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ConfigError(
+                "a bias of B goes with the plain initializations only, in PEFT too",
+                tensor="lora_bias",
+                found=f"init_lora_weights {self.init_lora_weights!r}",
+                expected="true or false",
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                "layers_pattern names the layers of layers_to_transform, which is not set",
+                tensor="layers_pattern",
+                found=self.layers_pattern,
+                expected="no value, or layers_to_transform too",
+            )
         if self.use_dora and self.lora_bias:
             raise ConfigError(
                 "DoRA and a bias of B do not go together, in PEFT neither",
@@ -205,8 +255,8 @@ class LoraConfig(BaseModel):
     def to_json(self) -> str:
         """The text of `adapter_config.json` as PEFT reads it: two spaces, sorted keys and lists."""
         values = self.model_dump(exclude={"merge_weights"})
-        values |= {"peft_type": "LORA", "inference_mode": True}
-        for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        values = {"inference_mode": True} | values | {"peft_type": "LORA"}
+        for key in ("target_modules", "exclude_modules"):  # Sets in PEFT.
             if isinstance(values[key], list):
                 values[key] = sorted(values[key])
         if self.merge_weights:  # PEFT left this field behind; written only where it says something.
@@ -214,10 +264,15 @@ class LoraConfig(BaseModel):
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
+def pattern_matches(pattern: str, module: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` fits the end of a module's name."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
 def _pattern_value(patterns: dict[str, Any], module: str, default: float) -> float:
     # The first that matches, as in PEFT; sorted, because PEFT and we sort the keys of the file, so that overlapping
     # patterns mean the same before and after saving.
     for pattern, value in sorted(patterns.items()):
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if pattern_matches(pattern, module):
             return float(value)
     return float(default)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lora_deploy.adapter.adapter import LoraAdapter
+from lora_deploy.adapter.keys import plain_names
 from lora_deploy.adapter.stored import TOKENS, Part, Stored, make_table, make_update, tokens_of
 from lora_deploy.config import CONFIG_NAME, LoraConfig
 from lora_deploy.errors import AdapterError, OutputError
@@ -24,8 +25,6 @@ __all__ = ["WEIGHTS_NAME", "read_adapter", "write_adapter"]
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
-# torch.compile and FSDP wrap modules and leave their names in the keys.
-_WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module)\.")
 _LORA_KEY = re.compile(
     r"(?P<target>.+)\.(?P<part>lora_[AB]\.weight|lora_B\.bias|lora_magnitude_vector|lora_embedding_[AB]"
     r"|token_adapter\.trainable_tokens_delta)(\.weight)?"
@@ -67,16 +66,7 @@ def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
     config = LoraConfig.load(directory)
     parts: dict[str, dict[str, Part]] = {}
     parameters: dict[str, torch.Tensor] = {}
-    for key, tensor in _read_tensors(file):
-        name = _WRAPPERS.sub("", key)
-        if not name.startswith(_PREFIX):
-            raise AdapterError(
-                "a tensor of the adapter has a name that PEFT does not give",
-                file=file,
-                tensor=key,
-                expected=f"a name that begins with {_PREFIX}",
-            )
-        name = name.removeprefix(_PREFIX)
+    for key, name, tensor in _read_tensors(file):
         match = _LORA_KEY.fullmatch(name)
         if match:
             parts.setdefault(match["target"], {})[match["part"]] = Part(key, tuple(tensor.shape))
@@ -116,10 +106,11 @@ def _check_place(directory: Path) -> None:
         )
 
 
-def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _read_tensors(file: Path) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Each tensor with its key and with what the key names in the model."""
     try:
         with safe_open(file, framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118 - a safe_open is no mapping
+            for key, name in plain_names(file, opened.keys()).items():
                 tensor = opened.get_tensor(key)
                 if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
                     raise AdapterError(
@@ -130,7 +121,7 @@ def _read_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                         expected="finite floating-point numbers",
                         remedy="the training diverged: lower the learning rate, or take an earlier checkpoint",
                     )
-                yield key, tensor
+                yield key, name, tensor
     except FileNotFoundError:
         raise AdapterError("the adapter has no weights", file=file) from None
     except (SafetensorError, OSError) as error:

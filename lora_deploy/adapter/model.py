@@ -133,7 +133,7 @@ def apply_adapter(model: nn.Module, adapter: LoraAdapter) -> nn.Module:
 
 
 def _exact_config(model: nn.Module, adapter: LoraAdapter) -> LoraConfig:
-    """A configuration that adapts the layers that the adapter has, and no others."""
+    """A configuration that adapts the layers that the adapter has, and no others, however they began."""
     rows = {name: list(change.indices) for name, change in adapter.tables.items() if isinstance(change, TokenRows)}
     embeddings = adapter.tables.keys() - rows.keys()
     tie = find_tie(model)
@@ -146,6 +146,7 @@ def _exact_config(model: nn.Module, adapter: LoraAdapter) -> LoraConfig:
         "layers_to_transform": None,
         "trainable_token_indices": rows or None,
         "ensure_weight_tying": adapter.config.ensure_weight_tying and (both_adapted or both_saved),
+        "init_lora_weights": True,
     }
     return adapter.config.model_copy(update=changes)
 

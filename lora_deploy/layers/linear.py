@@ -86,8 +86,8 @@ class LoraLinear(nn.Module):
             lora_alpha: Numerator of the scaling, lora_alpha / r.
             scaling: The factor itself, in the place of lora_alpha / r.
             lora_dropout: Dropout probability on the input of A while training.
-            init_lora_weights: True: A Kaiming-uniform; "gaussian": A normal with std 1/r; B zero in both. False: B is
-                random too.
+            init_lora_weights: True: A Kaiming-uniform; "gaussian": A normal with std 1/r; B zero in both. "orthogonal":
+                both random, B @ A zero. False: B is random too.
             merge_weights: Merge on `.eval()`, unmerge on `.train()`.
             use_dora: Train the length of each row of the weight too.
             lora_bias: Give B a bias, zero at first.
@@ -111,20 +111,33 @@ class LoraLinear(nn.Module):
         )
 
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
-        """Initialize A at random and B with zero (with `False`, both at random), as PEFT does; then the magnitudes."""
-        if init_lora_weights == "gaussian":
-            nn.init.normal_(self.lora_A.weight, std=1 / self.r)
+        """Initialize A at random and B with zero (with `False`, both at random), as PEFT does; then the magnitudes.
+
+        "orthogonal" makes both random with B @ A zero; its rank must be even.
+        """
+        if init_lora_weights == "orthogonal":
+            self._reset_orthogonal()
         else:
-            nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        if init_lora_weights is False:
-            nn.init.kaiming_uniform_(self.lora_B.weight, a=math.sqrt(5))
-        else:
-            nn.init.zeros_(self.lora_B.weight)
+            if init_lora_weights == "gaussian":
+                nn.init.normal_(self.lora_A.weight, std=1 / self.r)
+            else:
+                nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+            if init_lora_weights is False:
+                nn.init.kaiming_uniform_(self.lora_B.weight, a=math.sqrt(5))
+            else:
+                nn.init.zeros_(self.lora_B.weight)
         if self.lora_B.bias is not None:
             nn.init.zeros_(self.lora_B.bias)
         if self.lora_magnitude_vector is not None:
             with torch.no_grad():
                 self.lora_magnitude_vector.copy_(self._row_norms())
+
+    @torch.no_grad()
+    def _reset_orthogonal(self) -> None:
+        """https://datta0.github.io/posts/rethink-lora-init/: every other row of one rotation for A, the rest for B."""
+        rotation, _ = torch.linalg.qr(torch.randn(self.r, self.r))
+        self.lora_A.weight.copy_((torch.randn(self.in_features, self.r // 2) @ rotation[0::2]).t() / 10)
+        self.lora_B.weight.copy_(torch.randn(self.r // 2, self.out_features).t() @ rotation[1::2] / 10)
 
     @property
     def r(self) -> int:

@@ -14,6 +14,14 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_deploy.config import LoraConfig
 from lora_deploy.errors import ConfigError
+from lora_deploy.layers.checks import (
+    check_called,
+    check_initialization,
+    check_saved,
+    initialization,
+    targets_for_peft,
+    unused_patterns,
+)
 from lora_deploy.layers.embedding import TableLayer, is_table
 from lora_deploy.layers.linear import LoraLinear
 from lora_deploy.layers.tables import Tie, plan_tables, table_layers
@@ -69,8 +77,13 @@ def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
     if present is not None:
         raise ConfigError("the model has an adapter already", tensor=present, remedy="load the base anew")
     targets = find_targets(model, config)
-    saved = saved_modules(model, config)  # Raises before anything is changed, as the next line does.
+    # All of these raise before anything is changed.
+    saved = saved_modules(model, config)
+    check_initialization(config, targets)
+    check_saved(saved, targets)
     tables = plan_tables(model, config, targets, saved)
+    for unused in unused_patterns(config, targets):
+        _logger.warning("%s is the pattern of no adapted module", unused)
     model.requires_grad_(False)
     followers = {tables.tie.head} if tables.tie and tables.head_follows else set()
     for name, module in targets.items():
@@ -83,14 +96,14 @@ def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
             config.rank(name),
             scaling=config.scaling(name),
             lora_dropout=config.lora_dropout,
-            init_lora_weights=config.init_lora_weights,
+            init_lora_weights=initialization(config),
             merge_weights=config.merge_weights,
             use_dora=config.use_dora,
             lora_bias=config.lora_bias,
         )
         _replace(model, name, layer)
     has_conv1d = any(isinstance(module, Conv1D) for module in targets.values())
-    config = config.model_copy(update={"fan_in_fan_out": has_conv1d})
+    config = config.model_copy(update={"fan_in_fan_out": has_conv1d} | targets_for_peft(config, targets))
     _train_saved_modules(model, saved, tables.shared)
     tables.put(model, config)
     tables.say_ties({*targets, *saved})
@@ -151,7 +164,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
     Raises:
         ConfigError: A name matches nothing, or something that is no linear layer and no embedding.
     """
-    every = config.target_modules in (None, "all-linear")
+    wanted = config.target_modules
+    every = wanted is None or (isinstance(wanted, str) and wanted.lower() == "all-linear")
     targets = linear_modules(model) if every else _match_modules(model, config)
     excluded = config.exclude_modules
     targets = {name: module for name, module in targets.items() if excluded is None or not _matches(name, excluded)}
@@ -165,6 +179,15 @@ def find_targets(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
             found=f"{config.target_modules!r}, excluded {excluded!r}, layers {config.layers_to_transform!r}",
             expected=f"some of {_endings(linear_modules(model))}",
         )
+    for name, module in targets.items():
+        if not is_linear(module) and not is_table(module):
+            raise ConfigError(
+                "a target is no linear layer and no embedding",
+                tensor=name,
+                found=type(module).__name__,
+                expected="a linear layer, or an embedding that looks its rows up and no more",
+            )
+        check_called(model, name)
     return targets
 
 
@@ -180,14 +203,6 @@ def _match_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
                 "a target matches no module of the model",
                 tensor=f"target_modules: {pattern}",
                 expected=f"perhaps {', '.join(near)}" if near else f"one of {', '.join(endings)}",
-            )
-    for name, module in targets.items():
-        if not is_linear(module) and not is_table(module):
-            raise ConfigError(
-                "a target is no linear layer and no embedding",
-                tensor=name,
-                found=type(module).__name__,
-                expected="a linear layer, or an embedding that looks its rows up and no more",
             )
     return targets
 
@@ -209,12 +224,16 @@ def _endings(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _in_layers(name: str, config: LoraConfig) -> bool:
+    """PEFT's rule: the first number after a name of `layers_pattern`, or, without one, after any name but the first."""
     wanted = config.layers_to_transform
     indices = [wanted] if isinstance(wanted, int) else list(wanted or ())
     patterns = [config.layers_pattern] if isinstance(config.layers_pattern, str) else config.layers_pattern
-    names = "|".join(patterns) if patterns else r"[^.]+"
-    match = re.search(rf"(?:^|\.)(?:{names})\.(\d+)\.", name)
-    return match is not None and int(match.group(1)) in indices
+    rules = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns or () if pattern]
+    for rule in rules or [r".*?\.[^.]*\.(?P<index>\d+)\."]:
+        match = re.match(rule, name)
+        if match is not None:
+            return int(match["index"]) in indices
+    return False
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -70,6 +70,7 @@ def _fail(message: str, code: int) -> int:
 
 @app.command()
 def train(
+    context: typer.Context,
     model: Annotated[str, typer.Option("--model", help="The base: a directory or a hub id.")],
     data: Annotated[Path, typer.Option("--data", help="JSONL with prompt and completion, messages, or text.")],
     output: Annotated[Path, typer.Option("--output", help="Directory for the adapter.")],
@@ -82,6 +83,9 @@ def train(
     alpha: Annotated[float, typer.Option(help="The update is scaled by alpha / rank.")] = 32,
     dropout: Annotated[float, typer.Option(help="Dropout on the input of the update.")] = 0.0,
     target_modules: Annotated[str, typer.Option(help="Names, separated by commas.")] = "all-linear",
+    lora_config: Annotated[
+        Path | None, typer.Option(help="PEFT's adapter_config.json, in the place of the four options before.")
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps, in the place of --epochs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows a process takes at once.")] = 4,
@@ -115,14 +119,20 @@ def train(
 ) -> None:
     """Train an adapter over a quantized base. Ctrl-C saves; --resume goes on bit for bit."""
     values = dict(locals())
+    from lora_deploy.config import LoraConfig
     from lora_deploy.train import TrainOptions, train_adapter
 
-    for name in ("quiet", "as_json"):
+    for name in ("context", "quiet", "as_json", "lora_config"):
         del values[name]
     values["double_quant"] = not values.pop("no_double_quant")
     values["chat_template"] = not values.pop("no_chat_template")
     if target_modules != "all-linear":
         values["target_modules"] = [name.strip() for name in target_modules.split(",") if name.strip()]
+    if lora_config is not None:
+        values["lora"] = LoraConfig.load(lora_config)
+        for name in ("rank", "alpha", "dropout", "target_modules"):
+            if getattr(context.get_parameter_source(name), "name", "") != "COMMANDLINE":
+                del values[name]
     console = make_console(quiet, as_json)
     result = train_adapter(TrainOptions(**values), console=console)
     if not result.main_process:

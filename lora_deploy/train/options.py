@@ -45,6 +45,7 @@ class TrainOptions(BaseModel):
         dropout: Dropout on the input of A.
         target_modules: Names of the layers to adapt, or "all-linear".
         use_rslora: Scale by alpha / sqrt(rank).
+        lora: The adapter's whole configuration, in the place of `rank` to `use_rslora`.
         epochs: Passes over the data, unless `max_steps` is given.
         max_steps: Optimizer steps.
         batch_size: Rows a process takes in one forward.
@@ -84,6 +85,7 @@ class TrainOptions(BaseModel):
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: list[str] | str = "all-linear"
     use_rslora: bool = False
+    lora: LoraConfig | None = None
     epochs: float = Field(default=1, gt=0)
     max_steps: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=4, gt=0)
@@ -114,6 +116,13 @@ class TrainOptions(BaseModel):
             super().__init__(**values)
         except ValidationError as error:
             raise as_usage_error(error, "a training option has a value that it cannot have") from None
+        twice = sorted({"rank", "alpha", "dropout", "target_modules", "use_rslora"} & values.keys())
+        if self.lora is not None and twice:
+            raise UsageError(
+                "the adapter's whole configuration is given, and parts of it once more",
+                found=", ".join(twice),
+                remedy="put them into the configuration",
+            )
         if self.eval_fraction and self.eval_data is not None:
             raise UsageError("give an evaluation fraction or evaluation data, not both")
         if self.resume and self.overwrite:
@@ -136,6 +145,9 @@ class TrainOptions(BaseModel):
 
     def lora_config(self) -> LoraConfig:
         """The adapter's configuration."""
+        if self.lora is not None:
+            own = {"base_model_name_or_path": self.model, "task_type": "CAUSAL_LM"}
+            return self.lora.model_copy(update=own)
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,

@@ -88,6 +88,8 @@ def options(tiny_base: Callable[..., str], tmp_path: Path) -> Callable[..., Trai
             "learning_rate": 1e-2,
             "device": "cpu",
         }
+        if "lora" in changes:
+            del values["rank"], values["dropout"]
         return TrainOptions(**(values | changes))
 
     return make

@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import peft
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from lora_deploy.adapter import read_adapter
 from lora_deploy.cli import main
 from lora_deploy.train import TrainOptions
 from lora_deploy.train.loop import train_adapter
@@ -42,6 +48,44 @@ def test_the_options_of_the_command_reach_the_training(
     train_adapter(same)
     adapters = [(one.output / "adapter_model.safetensors").read_bytes() for one in (asked, same)]
     assert adapters[0] == adapters[1]
+
+
+def test_a_whole_configuration_is_trained(
+    options: Callable[..., TrainOptions], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file that PEFT writes: what has no option of its own is trained too."""
+    asked = options()
+    wanted = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        target_modules=["q_proj", "down_proj"],
+        use_rslora=True,
+        modules_to_save=["norm"],
+        trainable_token_indices=[2, 3],
+        rank_pattern={"down_proj": 2},
+    )
+    wanted.save_pretrained(asked.output.with_name("wanted"))
+    file = asked.output.with_name("wanted") / "adapter_config.json"
+    assert call(monkeypatch, asked, "--max-steps", "2", "--quiet", "--lora-config", str(file)) == 0
+    adapter = read_adapter(asked.output)
+    assert adapter.config.base_model_name_or_path == asked.model
+    assert {name.rpartition(".")[2]: update.A.shape[0] for name, update in adapter.updates.items()} == {
+        "q_proj": 3,
+        "down_proj": 2,
+    }
+    assert set(adapter.parameters) == {"model.norm.weight"} | {
+        f"model.layers.{layer}.{norm}_layernorm.weight" for layer in range(2) for norm in ("input", "post_attention")
+    }
+    assert set(adapter.tables) == {"model.embed_tokens"}
+    moved = adapter.tables["model.embed_tokens"].tensors()["token_adapter.trainable_tokens_delta"]
+    own = load_file(Path(asked.model) / "model.safetensors")["model.embed_tokens.weight"]
+    assert not torch.equal(moved, own[[2, 3]].float())
+    with_peft = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(asked.model), asked.output)
+    assert with_peft.peft_config["default"].use_rslora
+    assert call(monkeypatch, asked, "--overwrite", "--quiet", "--lora-config", str(file), "--rank", "16") == 2
+    error = capsys.readouterr().err
+    assert "parts of it once more" in error
+    assert "found:    rank" in error
 
 
 def test_the_result_is_printed_and_quiet_prints_nothing(

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from lora_deploy.config import LoraConfig
 from lora_deploy.errors import CheckpointError, UsageError
 from lora_deploy.train import TrainOptions, train_adapter
 from lora_deploy.train.trainer import AdapterTrainer
@@ -51,6 +52,24 @@ def test_a_resumed_run_is_the_same_bit_for_bit(options: MakeOptions, step: int, 
     assert result.steps == 6
     assert (straight.output / ADAPTER).read_bytes() == expected
     assert log_of(straight.output) == log
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 9, 2], "lora_bias": True, "bias": "all"},
+        {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True, "modules_to_save": ["norm"]},
+    ],
+    ids=["tokens and biases", "DoRA, embedding, whole modules"],
+)
+def test_whatever_is_trained_is_resumed(options: MakeOptions, config: dict[str, Any]) -> None:
+    lora = LoraConfig(r=3, lora_alpha=7, lora_dropout=0.1, **config)
+    straight = options(lora=lora, max_steps=4)
+    train_adapter(straight)
+    expected = (straight.output / ADAPTER).read_bytes()
+    cut_back(straight.output, 2)
+    train_adapter(options(lora=lora, max_steps=4, resume=True))
+    assert (straight.output / ADAPTER).read_bytes() == expected
 
 
 @pytest.mark.parametrize("lost", ["rng_state.pth", "optimizer.pt"])

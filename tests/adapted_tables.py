@@ -58,6 +58,7 @@ CASES = {
     "LoRA, tied": _llama(True, False, False, _EMBED),
     "LoRA on both, tied": _llama(True, True, False, _HEAD),
     "LoRA, kept tied": _llama(True, True, True, _EMBED, ensure_weight_tying=True),
+    "LoRA of one rank, kept tied": _llama(True, True, False, _EMBED, ensure_weight_tying=True, **_ALONE),
     "LoRA of the head, kept tied": _llama(True, True, True, ["q_proj", "lm_head"], ensure_weight_tying=True),
     "LoRA on the embedding alone": _llama(True, False, False, ["embed_tokens"]),
     "DoRA, untied": _llama(False, False, False, _EMBED, use_dora=True),

@@ -81,7 +81,7 @@ def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
         else:
             parameters[name.replace(".base_layer.", ".")] = tensor
     for target, found in parts.items():
-        _check_parts(file, target, found, config)
+        _check_parts(file, target, found, _rank_of(target, parts, config), config)
     tables = {target: parts.pop(target) for target in list(parts) if not parts[target].keys() & {"lora_A.weight"}}
     _check_tokens(file, config, tables)
     if not parts and not tables:
@@ -134,7 +134,16 @@ def _read_tensors(file: Path) -> Iterator[tuple[str, str, torch.Tensor]]:
         ) from error
 
 
-def _check_parts(file: Path, target: str, parts: dict[str, Part], config: LoraConfig) -> None:
+def _rank_of(target: str, parts: Mapping[str, dict[str, Part]], config: LoraConfig) -> int:
+    """The rank that an update must have; a head that is adapted as one with its embedding has the embedding's."""
+    if config.ensure_weight_tying and "lora_A.weight" in parts[target]:
+        turned = parts[target]["lora_A.weight"].shape[::-1]
+        if any(found["lora_embedding_B"].shape == turned for found in parts.values() if "lora_embedding_B" in found):
+            return turned[-1]
+    return config.rank(target)
+
+
+def _check_parts(file: Path, target: str, parts: dict[str, Part], rank: int, config: LoraConfig) -> None:
     """Make sure that an update has what the configuration says of it, no less and no more."""
     is_table = bool(parts.keys() & {"lora_embedding_A", "lora_embedding_B"})
     a_name, b_name = ("lora_embedding_A", "lora_embedding_B") if is_table else ("lora_A.weight", "lora_B.weight")
@@ -153,7 +162,7 @@ def _check_parts(file: Path, target: str, parts: dict[str, Part], config: LoraCo
         )
     if TOKENS in parts:
         return
-    rank, a, b = config.rank(target), parts[a_name].shape, parts[b_name].shape
+    a, b = parts[a_name].shape, parts[b_name].shape
     if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
         raise AdapterError(
             "an update does not have the rank that the configuration gives it",

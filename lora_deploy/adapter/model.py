@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -117,6 +118,7 @@ def apply_adapter(model: nn.Module, adapter: LoraAdapter) -> nn.Module:
         for name, update in adapter.updates.items():
             if name in heads:
                 _check_tied(heads[name], update, name, adapter.source)
+                heads[name].scaling = update.scaling
                 continue
             for ending, values in update.tensors().items():
                 layers[name].get_parameter(ending).copy_(values)
@@ -139,11 +141,15 @@ def _exact_config(model: nn.Module, adapter: LoraAdapter) -> LoraConfig:
     tie = find_tie(model)
     # PEFT ties embeddings of some names only, and says nothing of the others: what the file holds is what was tied.
     both_adapted = tie is not None and tie.embedding in embeddings and tie.head in adapter.updates
+    ranks = dict(adapter.config.rank_pattern)
+    if tie is not None and both_adapted:  # a head that is adapted as one with its embedding has the embedding's
+        ranks[re.escape(tie.head)] = len(adapter.updates[tie.head].A)
     both_saved = tie is not None and all(f"{name}.weight" in adapter.parameters for name in tie)
     changes = {
         "target_modules": sorted(adapter.updates.keys() | embeddings),
         "exclude_modules": None,
         "layers_to_transform": None,
+        "rank_pattern": ranks,
         "trainable_token_indices": rows or None,
         "ensure_weight_tying": adapter.config.ensure_weight_tying and (both_adapted or both_saved),
         "init_lora_weights": True,

@@ -125,14 +125,17 @@ class TiedLoraHead(TableLayer):
     Args:
         base_layer: nn.Linear, tied to the embedding.
         embedding: Whose parameters it shares.
+        scaling: The factor on the update; as in PEFT it is that of the head's own name.
         lora_dropout: Dropout probability on the input of the update, during training only.
     """
 
     follows = True
 
-    def __init__(self, base_layer: nn.Module, embedding: LoraEmbedding, lora_dropout: float = 0.0) -> None:
+    def __init__(
+        self, base_layer: nn.Module, embedding: LoraEmbedding, scaling: float, lora_dropout: float = 0.0
+    ) -> None:
         super().__init__(base_layer)
-        self.scaling = embedding.scaling
+        self.scaling = scaling
         self.lora_embedding_A, self.lora_embedding_B = embedding.lora_embedding_A, embedding.lora_embedding_B
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
 

@@ -64,7 +64,7 @@ class TablePlan(NamedTuple):
             assert tie is not None
             head, source = model.get_submodule(tie.head), made[tie.embedding]
             if isinstance(source, LoraEmbedding):
-                made[tie.head] = TiedLoraHead(head, source, config.lora_dropout)
+                made[tie.head] = TiedLoraHead(head, source, config.scaling(tie.head), config.lora_dropout)
             else:
                 made[tie.head] = TokenLayer(head, self.tokens[tie.embedding], cast(TokenLayer, source))
         for name, layer in made.items():

@@ -67,6 +67,9 @@ class Turns:
                 thread.join()
         finally:
             self._stop()
+            for thread in threads:  # after an interrupt: nothing goes on when this has ended
+                if thread.is_alive():
+                    thread.join()
         if errors:
             raise errors[0]
         return results

@@ -154,6 +154,7 @@ def test_the_fixed_branch_of_thirty_layers_has_few_nodes(export: Export) -> None
     )
 
 
+@pytest.mark.slow  # tests/export/test_slots.py says so of tiny models
 def test_without_an_adapter_the_slots_change_nothing(
     export: Export, base: TrainingBase, random_adapters: dict[str, Path]
 ) -> None:
@@ -223,7 +224,9 @@ def _ways() -> list[Weights]:
     return ["expand", "native"]
 
 
-@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "hot-swap"])
+@pytest.mark.parametrize(
+    "fixed", [pytest.param(True, id="fixed"), pytest.param(False, id="hot-swap", marks=pytest.mark.slow)]
+)
 def test_an_adapter_in_int8_is_within_a_millionth_of_the_trained_function(
     fixed: bool, trained: Trained, export: Export, base: TrainingBase
 ) -> None:

@@ -220,11 +220,12 @@ def check_slots(slots: Iterable[Slot], adapter: LoraAdapter) -> None:
         AdapterError: It trains parameters whole, is a DoRA or has biases of B, or updates a layer without a slot, or of
             another shape.
     """
-    if any(name.removesuffix(".weight") not in adapter.tables for name in adapter.parameters):
+    whole = [name for name in adapter.parameters if name.removesuffix(".weight") not in adapter.tables]
+    if whole:
         raise AdapterError(
             "the adapter trains parameters of the base whole, which a graph with slots cannot change",
             file=adapter.source,
-            tensor=next(iter(adapter.parameters)),
+            tensor=whole[0],
             expected="updates of linear layers only",
             remedy="export it alone, with --branch --fixed or --merge",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,11 @@ from lora_deploy.export.traced import DTYPES
 from lora_deploy.layers.model import adapted_layers
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.session import OnnxSession, numpy_dtype
-from lora_deploy.verify.cases import weak_effects
 from lora_deploy.verify.codes import check_adapter_codes, check_codes
+from lora_deploy.verify.conclude import conclude
 from lora_deploy.verify.metrics import compare_logits, is_within, worst_of
-from lora_deploy.verify.parity import library_versions
 from lora_deploy.verify.reference import apply_live
-from lora_deploy.verify.report import CaseResult, Metrics, ParityReport, judge
+from lora_deploy.verify.report import CaseResult, Metrics, ParityReport
 from lora_deploy.verify.sessions import open_sessions
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
 from lora_deploy.verify.verify import expect_same, read_provenance
@@ -126,21 +125,15 @@ def check_module(
             label, chosen = ("", None) if branch in (None, "fixed") else (name, name)
             results += check.compare(label, chosen, lora, replace(lora, updates={}, tables={}))
     on_progress("verifying", len(adapters) + 1, len(adapters) + 1)
-    control_failed, passed = judge(results)
-    report = ParityReport(
+    return conclude(
+        results,
+        tolerance,
+        sessions.notes,
         precision=sessions.row,
         provider=sessions.gated.provider,
-        tolerance=asdict(tolerance),
-        cases=results,
-        control_failed=control_failed,
-        passed=passed,
         codes=codes,
         max_kl=max_kl,
-        notes=[*sessions.notes, *weak_effects(results, tolerance)],
-        versions=library_versions(),
     )
-    report.passed = report.passed and report.keeps_max_kl
-    return report
 
 
 class _Check:

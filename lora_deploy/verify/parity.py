@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,8 +15,9 @@ from lora_deploy.requantize.text import Text
 from lora_deploy.run.session import Weights
 from lora_deploy.task import is_classification
 from lora_deploy.verify.batches import Batch, make_batches
-from lora_deploy.verify.cases import MixedBatch, compare_all, weak_effects
+from lora_deploy.verify.cases import MixedBatch, compare_all
 from lora_deploy.verify.codes import check_adapter_codes, check_codes
+from lora_deploy.verify.conclude import conclude
 from lora_deploy.verify.deployed import DeployedWeights, load_deployed_twin, take_update_out
 from lora_deploy.verify.deployment import DeploymentResult, held_out_texts, measure_deployment
 from lora_deploy.verify.metrics import compare_logits
@@ -29,12 +29,11 @@ from lora_deploy.verify.reference import (
     load_twin,
     put_parameters,
 )
-from lora_deploy.verify.report import CaseResult, Metrics, ParityReport, check_comparison, judge
+from lora_deploy.verify.report import CaseResult, Metrics, ParityReport, check_comparison
 from lora_deploy.verify.sessions import Exported, open_sessions, run_export
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
-from lora_deploy.versions import installed_versions
 
-__all__ = ["check_parity", "library_versions", "run_export", "run_twin"]
+__all__ = ["check_parity", "run_export", "run_twin"]
 
 
 def check_parity(
@@ -90,25 +89,18 @@ def check_parity(
         tolerance = TOLERANCES[sessions.row]
         exported = Exported(sessions, directory, references.batches)
         results = _run_cases(references, exported, tolerance, on_progress)
-    notes = [*sessions.notes, *references.notes(), *weak_effects(results, tolerance)]
-    control_failed, passed = judge(results)
-    report = ParityReport(
+    return conclude(
+        results,
+        tolerance,
+        [*sessions.notes, *references.notes()],
         precision=sessions.row,
         provider=sessions.gated.provider,
-        tolerance=asdict(tolerance),
-        cases=results,
-        control_failed=control_failed,
-        passed=passed,
         codes=codes,
         activation_rounding=exported.activation_rounding,
         deployment=references.deployment,
         max_kl=max_kl,
         bitsandbytes_gap=_bitsandbytes_gap(base, next(iter(adapters.values()), None), references.batches[0]),
-        notes=notes,
-        versions=library_versions(),
     )
-    report.passed = report.passed and report.rounds_to_numbers and report.keeps_max_kl
-    return report
 
 
 def _run_cases(
@@ -225,10 +217,3 @@ def _bitsandbytes_gap(base: TrainingBase, adapter: LoraAdapter | None, batch: Ba
 def _run_model(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     compute = compute_class_logits if is_classification(batch.task) else compute_logits
     return compute(model, batch.input_ids, batch.attention_mask)
-
-
-def library_versions() -> dict[str, str]:
-    """Of the libraries that ran, by name."""
-    return installed_versions(
-        "bitsandbytes", "lora-deploy", "mobius-onnx", "onnxruntime", "onnxruntime-gpu", "torch", "transformers"
-    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +16,7 @@ from lora_deploy.verify.deployment_report import DeploymentResult
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["REPORT_NAME", "CaseResult", "Metrics", "ParityReport", "check_comparison", "judge"]
+__all__ = ["REPORT_NAME", "CaseResult", "Metrics", "ParityReport", "check_comparison"]
 
 REPORT_NAME = "parity.json"
 
@@ -280,10 +279,3 @@ def _worst(cases: list[CaseResult]) -> CaseResult:
     passed = all(case.passed for case in cases)
     name = f"{cases[0].adapter}, worst of {len(cases)}"
     return CaseResult(name=name, export=export, control=control, passed=passed)
-
-
-def judge(results: Sequence[CaseResult]) -> tuple[bool | None, bool]:
-    """Whether the control failed in every case that has one (None where none has), and whether the export passed."""
-    controls = [not result.control_passed for result in results if result.control is not None]
-    control_failed = all(controls) if controls else None
-    return control_failed, all(result.passed for result in results) and control_failed is not False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +18,11 @@ from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.session import OnnxSession, import_onnxruntime
 from lora_deploy.verify.batches import make_batches
-from lora_deploy.verify.cases import weak_effects
 from lora_deploy.verify.codes import check_adapter_codes, check_codes
+from lora_deploy.verify.conclude import conclude
 from lora_deploy.verify.metrics import compare_logits, is_within
-from lora_deploy.verify.parity import library_versions
 from lora_deploy.verify.reference import apply_live, load_twin, put_parameters
-from lora_deploy.verify.report import CaseResult, ParityReport, judge
+from lora_deploy.verify.report import CaseResult, ParityReport
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
 
 __all__ = ["check_seq2seq_parity", "open_parts", "run_parts"]
@@ -90,21 +89,15 @@ def check_seq2seq_parity(
         in_encoder = any(not layer.startswith(("decoder.", "lm_head")) for layer in changed)
         results += _compare("" if built_in else name, batches, trained, found, alone, in_encoder, tolerance)
     on_progress("verifying", len(adapters) + 1, len(adapters) + 1)
-    control_failed, passed = judge(results)
-    report = ParityReport(
+    return conclude(
+        results,
+        tolerance,
+        notes,
         precision=manifest.compute_dtype,
         provider=usable,
-        tolerance=asdict(tolerance),
-        cases=results,
-        control_failed=control_failed,
-        passed=passed,
         codes=codes,
         max_kl=max_kl,
-        notes=[*notes, *weak_effects(results, tolerance)],
-        versions=library_versions(),
     )
-    report.passed = report.passed and report.keeps_max_kl
-    return report
 
 
 def open_parts(directory: Path, provider: Literal["cpu", "cuda"] = "cpu") -> dict[str, OnnxSession]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar, cast
 
 import typer
 
@@ -15,9 +16,12 @@ from lora_deploy.task import is_classification
 from lora_deploy.terminal import print_json
 
 if TYPE_CHECKING:
+    from lora_deploy.run.classify import Classification, TokenClassification
     from lora_deploy.run.session import Weights
 
 __all__ = ["HowWeights", "run"]
+
+_Model = TypeVar("_Model")
 
 HowWeights = Annotated[
     str,
@@ -49,21 +53,19 @@ def run(
 ) -> None:
     """Generate text from an export; it streams to the screen. A classifier says which class the text, or each of its
     tokens, belongs to."""
-    from lora_deploy.run import OnnxModel
+    from lora_deploy.run import OnnxClassifier, OnnxModel, OnnxTokenClassifier
     from lora_deploy.run.classify import exported_task
 
     task = exported_task(directory)
     if is_classification(task):
         _refuse_generation(context)
-        show = _classify if task == "sequence-classification" else _classify_tokens
-        show(directory, prompt, adapter or [], provider, weights, as_json)
+        how = (directory, adapter or [], provider, weights)
+        if task == "sequence-classification":
+            _show_class(_open(OnnxClassifier, *how).classify([prompt])[0], as_json)
+        else:
+            _show_tokens(_open(OnnxTokenClassifier, *how).classify([prompt])[0], as_json)
         return
-    model = OnnxModel(
-        directory,
-        _blend(adapter or []),
-        provider=cast("Literal['cpu', 'cuda']", provider),
-        weights=cast("Weights", weights),
-    )
+    model = _open(OnnxModel, directory, adapter or [], provider, weights)
     pieces = []
     for piece in model.stream(
         prompt,
@@ -100,17 +102,17 @@ def _refuse_generation(context: typer.Context) -> None:
         )
 
 
-def _classify(directory: Path, text: str, adapters: list[str], provider: str, weights: str, as_json: bool) -> None:
-    """Print the class of a text, and the probability of every class."""
-    from lora_deploy.run import OnnxClassifier
-
-    classifier = OnnxClassifier(
+def _open(kind: Callable[..., _Model], directory: Path, adapters: list[str], provider: str, weights: str) -> _Model:
+    return kind(
         directory,
         _blend(adapters),
         provider=cast("Literal['cpu', 'cuda']", provider),
         weights=cast("Weights", weights),
     )
-    found = classifier.classify([text])[0]
+
+
+def _show_class(found: Classification, as_json: bool) -> None:
+    """Print the class of a text, and the probability of every class."""
     if as_json:
         print_json({"label": found.label, "probabilities": found.probabilities})
         return
@@ -119,19 +121,8 @@ def _classify(directory: Path, text: str, adapters: list[str], provider: str, we
         print(f"  {probability:.4f}  {label}")
 
 
-def _classify_tokens(
-    directory: Path, text: str, adapters: list[str], provider: str, weights: str, as_json: bool
-) -> None:
+def _show_tokens(found: list[TokenClassification], as_json: bool) -> None:
     """Print the class of every token of a text."""
-    from lora_deploy.run import OnnxTokenClassifier
-
-    classifier = OnnxTokenClassifier(
-        directory,
-        _blend(adapters),
-        provider=cast("Literal['cpu', 'cuda']", provider),
-        weights=cast("Weights", weights),
-    )
-    found = classifier.classify([text])[0]
     if as_json:
         print_json({"tokens": [asdict(token) for token in found]})
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -72,6 +73,26 @@ def test_an_interrupt_while_waiting_ends_all(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(KeyboardInterrupt):
         turns.run(one_pass)
     assert ended.wait(10)
+
+
+def test_nothing_goes_on_once_an_interrupt_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns, own, interrupted, done = Turns(1), threading.Thread.join, threading.Event(), []
+
+    def join(self: threading.Thread, timeout: float | None = None) -> None:
+        if not interrupted.is_set():
+            interrupted.set()
+            raise KeyboardInterrupt
+        own(self, timeout)
+
+    def one_pass(number: int) -> None:
+        interrupted.wait(10)
+        time.sleep(0.2)
+        done.append(number)
+
+    monkeypatch.setattr(threading.Thread, "join", join)
+    with pytest.raises(KeyboardInterrupt):
+        turns.run(one_pass)
+    assert done == [0]
 
 
 @pytest.mark.parametrize("short", [0, 1, 2])

@@ -9,12 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-# What PEFT says of tied and saved tables.
+from tests.conftest import QUIET_PEFT
+
 QUIET = [
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning"),
+    *QUIET_PEFT,
     pytest.mark.filterwarnings("ignore:.*ensure_weight_tying:UserWarning"),
     pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape"),

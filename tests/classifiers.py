@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
-    BitsAndBytesConfig,
     DistilBertConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -30,6 +29,7 @@ from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.model import keep_codes
 from lora_deploy.verify.reference import load_twin
+from tests.conftest import four_bit
 from tests.run.conftest import byte_tokenizer
 
 FAMILIES = ("bert", "roberta", "distilbert")
@@ -85,13 +85,7 @@ def save_classifier(
 def load_theirs(directory: Path, method: str, **options: Any) -> PreTrainedModel:
     """The base as transformers loads it, quantized by bitsandbytes if that is asked for."""
     if method in ("nf4", "fp4"):
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=method,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-            llm_int8_skip_modules=SKIPPED,
-        )
+        options["quantization_config"] = four_bit(method, llm_int8_skip_modules=SKIPPED)
     if method == "int8":  # its own forward rounds activations too, which no export does
         return load_twin(TrainingBase(directory, QuantizationScheme(method="int8")))
     names = AutoConfig.from_pretrained(directory).architectures

@@ -31,6 +31,17 @@ from lora_deploy.config import LoraConfig
 from lora_deploy.layers import get_lora_model, lora_layers
 from lora_deploy.quantization import QuantizedWeight
 
+# What PEFT says of what is meant: of Conv1D, of adapted and saved output heads, of a bias of B on a layer without one.
+QUIET_PEFT = [
+    pytest.mark.filterwarnings(f"ignore:{message}")
+    for message in (
+        "fan_in_fan_out is set to:UserWarning",
+        "Setting `save_embedding_layers` to `True`:UserWarning",
+        "Model (has|with) `tie_word_embeddings=True`:UserWarning",
+        "`lora_bias=True` was passed",
+        "Adapter 'default'. .* have invalid shape. .*lora_B.bias",
+    )
+]
 TINY_FAMILIES = ("llama", "qwen2", "gpt2")
 QUANTIZED = ("nf4", "fp4", "int8")
 VOCABULARY = 131
@@ -109,17 +120,20 @@ def save_tiny(
     return directory
 
 
+def four_bit(method: str, double_quant: bool = True, **more: Any) -> BitsAndBytesConfig:
+    """How transformers and bitsandbytes quantize a model that computes in float32 to nf4 or fp4."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.float32,
+        **more,
+    )
+
+
 def load_quantized(directory: Path, method: str, *, double_quant: bool = True, **options: Any) -> PreTrainedModel:
     """Load a dense checkpoint and let transformers and bitsandbytes quantize it: the oracle of our quantization."""
-    if method == "int8":
-        config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=method,
-            bnb_4bit_use_double_quant=double_quant,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
+    config = BitsAndBytesConfig(load_in_8bit=True) if method == "int8" else four_bit(method, double_quant)
     return AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, device_map="cpu", **options)
 
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import (
     AutoModelForSeq2SeqLM,
-    BitsAndBytesConfig,
     MT5Config,
     MT5ForConditionalGeneration,
     T5Config,
@@ -26,6 +25,7 @@ from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.model import keep_codes
 from lora_deploy.verify.reference import load_twin
 from lora_deploy.verify.seq2seq import _Batch, open_parts, run_parts
+from tests.conftest import four_bit
 
 # T5 1.0, whose head is the embedding, scaled; T5 1.1 and mT5, with a head and a gate of their own.
 KINDS: dict[str, dict[str, Any]] = {
@@ -77,12 +77,7 @@ def save_t5(kind: str, directory: Path) -> None:
 def load_theirs(directory: Path, method: str) -> Any:
     options: dict[str, Any] = {}
     if method in ("nf4", "fp4"):
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=method,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
+        options["quantization_config"] = four_bit(method)
     if method == "int8":  # its own forward rounds activations too, which no export does
         return load_twin(TrainingBase(directory, QuantizationScheme(method="int8")))
     model = AutoModelForSeq2SeqLM.from_pretrained(directory, **options)

@@ -16,7 +16,7 @@ from typing import Any, get_args
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lora_deploy.errors import CheckpointError, UsageError
 from lora_deploy.export import export_onnx, prepare
@@ -32,6 +32,7 @@ from lora_deploy.run.adapters import Adapters
 from lora_deploy.verify.batches import Batch
 from lora_deploy.verify.reference import load_twin
 from tests import classifiers, encoder_decoders
+from tests.conftest import four_bit
 from tests.families import CONTEXT, FAMILIES
 from tests.measured import ADAPTER, METHODS, MODES, Measured
 from tests.verified_encoders import T5_KINDS, ClassifierTask, TinyClassifier, TinyEncoderDecoder
@@ -142,12 +143,7 @@ def _load(base: Path, method: str, model_type: str) -> PreTrainedModel:
     if model_type == "falcon" and method in ("nf4", "fp4"):
         return quantize_model(AutoModelForCausalLM.from_pretrained(base, **options), method).eval()  # type: ignore[return-value]
     if method in ("nf4", "fp4"):
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=method,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
+        options["quantization_config"] = four_bit(method)
     elif method == "int8":
         # Its own forward rounds activations too, which no export does: the dequantized twin is the reference.
         return load_twin(TrainingBase(base, QuantizationScheme(method="int8")))

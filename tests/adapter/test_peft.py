@@ -14,19 +14,9 @@ from torch import nn
 
 from lora_deploy.adapter import adapter_of, load_adapter, read_adapter, save_adapter, write_adapter
 from lora_deploy.quantization import load_base_model
-from tests.conftest import QUANTIZED, CheckpointFactory, logits, random_adapter, tiny_model
+from tests.conftest import QUANTIZED, QUIET_PEFT, CheckpointFactory, logits, random_adapter, tiny_model
 
-pytestmark = [
-    # PEFT sets fan_in_fan_out from the layer, as we do, but warns even where the user left it at its default.
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
-    # What PEFT says of every adapted or saved output head.
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
-    # What PEFT says of a bias of B on a layer without a bias.
-    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
-    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape. .*lora_B.bias"),
-    pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`:UserWarning"),
-]
+pytestmark = QUIET_PEFT
 
 QV = ["q_proj", "v_proj"]
 LLAMA: dict[str, dict[str, Any]] = {

@@ -28,13 +28,10 @@ from lora_deploy.adapter import apply_adapter, load_adapter, read_adapter, save_
 from lora_deploy.config import LoraConfig
 from lora_deploy.errors import ConfigError
 from lora_deploy.layers import get_lora_model, lora_layers, merge_adapter, unmerge_adapter
+from tests.conftest import QUIET_PEFT
 from tests.peft.models import copied, inputs, model, move, our_parameters, their_parameters, theirs_and_ours
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
-    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape. .*lora_B.bias"),
-]
+pytestmark = QUIET_PEFT
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "MLP 1: one layer by a string": ("MLP", {"target_modules": "lin0"}),

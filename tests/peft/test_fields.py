@@ -20,11 +20,7 @@ from tests.adapted_tables import QUIET, TIED, peft_model
 from tests.conftest import logits, tiny_model
 from tests.peft.models import copied, inputs, model, move, theirs_and_ours, trained_by_peft
 
-pytestmark = [
-    *QUIET,
-    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
-    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape. .*lora_B.bias"),
-]
+pytestmark = QUIET
 
 # Of each field: what is common, and the field's value; without it PEFT computes something else.
 _LIN: dict[str, Any] = {"target_modules": ["lin", "up"]}

@@ -14,15 +14,11 @@ from torch import nn
 from transformers import LlamaForSequenceClassification
 
 from lora_deploy.adapter import load_adapter, read_adapter, save_adapter, write_adapter
-from tests.conftest import tiny_model, token_ids
+from tests.conftest import QUIET_PEFT, tiny_model, token_ids
 from tests.peft.models import move
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
-    pytest.mark.filterwarnings("ignore:Adapter 'default'. .* have invalid shape. .*lora_B.bias"),
+    *QUIET_PEFT,
     pytest.mark.filterwarnings("ignore:`init_lora_weights` is 'eva' but:UserWarning"),
     pytest.mark.filterwarnings("ignore:lora with eva initialization used with:UserWarning"),
 ]

@@ -25,4 +25,4 @@ class Measured(NamedTuple):
     @property
     def holds(self) -> bool:
         """Whether the export computes what was trained, and the check can tell."""
-        return self.export <= TOLERANCE < self.control / 10
+        return self.export <= TOLERANCE < self.control / 100

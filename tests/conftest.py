@@ -30,6 +30,9 @@ from lora_deploy.adapter import LoraAdapter, adapter_of
 from lora_deploy.config import LoraConfig
 from lora_deploy.layers import get_lora_model, lora_layers
 from lora_deploy.quantization import QuantizedWeight
+from tests.faults.tally import pytest_addoption, pytest_sessionfinish, tally
+
+__all__ = ["pytest_addoption", "pytest_sessionfinish", "tally"]  # hooks and a fixture, which pytest finds here
 
 # What PEFT says of what is meant: of Conv1D, of adapted and saved output heads, of a bias of B on a layer without one.
 QUIET_PEFT = [

@@ -26,6 +26,7 @@ __all__ = [
     "SIDE_FILES",
     "TOKENIZER_FILES",
     "UNSEALED",
+    "base_key",
     "check_files",
     "hash_file",
     "recorded_files",
@@ -133,6 +134,16 @@ def check_files(directory: Path) -> dict[str, str]:
     if report.is_file():
         _check_report(report, seal)
     return entries
+
+
+def base_key(entries: Mapping[str, str]) -> str:
+    """What `lora_deploy.places` knows an export's base by: its weights and its configuration.
+
+    Args:
+        entries: The graph's `metadata_props`.
+    """
+    config = json.loads(entries.get(FILES_ENTRY, "{}")).get("config.json", "")
+    return hashlib.sha256(f"{entries.get('lora_deploy.base_sha256', '')}\n{config}".encode()).hexdigest()
 
 
 def recorded_files(entries: Mapping[str, str], file: Path) -> dict[str, str]:

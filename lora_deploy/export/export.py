@@ -35,7 +35,7 @@ from lora_deploy.export.source import SourceChoice
 from lora_deploy.export.ties import note_ties
 from lora_deploy.export.weights import largest_first, stream_constants, stream_weights
 from lora_deploy.export.writer import write_data, write_model
-from lora_deploy.integrity import FILES_ENTRY, hash_file
+from lora_deploy.integrity import FILES_ENTRY, base_key, hash_file
 from lora_deploy.manifest import BranchKind
 from lora_deploy.places import remember_place
 from lora_deploy.quantization.hashes import combine_hashes
@@ -235,7 +235,7 @@ def _hash_files(staging: Path, data_sha256: str) -> str:
 def _remember(plan: ExportPlan) -> None:
     """Where base and adapters are, for `verify`."""
     if plan.base.task != "module":
-        remember_place(plan.base_sha256, plan.base.directory)
+        remember_place(base_key(plan.lowered.graph.model.metadata_props), plan.base.directory)
     for lora in plan.adapters.values():
         if lora.source:
             remember_place(hash_adapter(lora), lora.source)

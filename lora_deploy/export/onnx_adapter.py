@@ -14,7 +14,8 @@ from lora_deploy.adapter.packing import check_slots, pack_slots
 from lora_deploy.errors import AdapterError, OutputError, UsageError
 from lora_deploy.export.commit import locked, sync
 from lora_deploy.export.merge import drop_copies, open_base
-from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest
+from lora_deploy.integrity import base_key
+from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, read_metadata
 from lora_deploy.places import find_place
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.run.adapter_seal import UNSEALED_VERSION, seal_adapter
@@ -94,7 +95,7 @@ def convert_adapter(
             expected=quantization,
             remedy="export the base as it was trained on with --branch",
         )
-    if lora.parameters and (place := find_place(manifest.base_sha256)) is not None:
+    if lora.parameters and (place := find_place(base_key(read_metadata(directory)))) is not None:
         lora = drop_copies(lora, open_base(place, quantization, [lora]))
     with locked(directory):
         if Manifest.load(directory).fingerprint != manifest.fingerprint:

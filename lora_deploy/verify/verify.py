@@ -12,7 +12,7 @@ from typing import Any
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
 from lora_deploy.errors import CheckpointError, InputError, UsageError
 from lora_deploy.export.merge import drop_copies, hash_adapter, open_base
-from lora_deploy.integrity import MODEL_NAME, check_files, hash_file, recorded_files
+from lora_deploy.integrity import MODEL_NAME, base_key, check_files, hash_file, recorded_files
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest
 from lora_deploy.places import find_place
 from lora_deploy.quantization import QuantizationScheme
@@ -144,7 +144,7 @@ def _read_adapters(
 
 def _find_base(entries: Mapping[str, str]) -> str | Path:
     """Where the base is: on the hub, or where it was when it was last exported here."""
-    place = find_place(entries["lora_deploy.base_sha256"]) or entries.get("lora_deploy.base_model")
+    place = find_place(base_key(entries)) or entries.get("lora_deploy.base_model")
     if place is None:
         raise UsageError(
             "it is not known where the base of this export is",

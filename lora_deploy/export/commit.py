@@ -180,6 +180,8 @@ def _is_of_export(name: Path) -> bool:
 def _move_files(staging: Path, output: Path) -> None:
     """Move the files one by one, `model.onnx` last. If it fails before that, the older files are put back."""
     files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != MODEL_NAME)
+    if any(path.name != MODEL_NAME for place in (staging, output) for path in place.glob("*.onnx")):
+        _refuse_second_graph(output)
     moved: list[tuple[Path, Path | None]] = []
     directories = (output / ADAPTER_DIRECTORY, output)
     missing = [path for path in directories if not os.path.lexists(path)]
@@ -209,6 +211,17 @@ def _move_files(staging: Path, output: Path) -> None:
             if path.is_file() and _is_of_export(name) and str(name) not in kept:
                 path.unlink()
     _remove_empty([output / ADAPTER_DIRECTORY])
+
+
+def _refuse_second_graph(output: Path) -> None:
+    """An older export of several graphs, or one that several would replace, would be mixed for a moment."""
+    if (output / MODEL_NAME).exists():
+        raise OutputError(
+            "an export of several graphs can be replaced only in one step, which this place does not allow",
+            file=output,
+            expected="a directory that can be renamed: no mount point, not the working directory, in one that is yours",
+            remedy="remove it first, or choose another --output; nothing was changed",
+        )
 
 
 def _put_back(moved: list[tuple[Path, Path | None]]) -> None:

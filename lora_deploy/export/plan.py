@@ -171,7 +171,6 @@ def plan_export(
     in_place = choose_cache(cache, weights, branch, provider, compute)
     check_seq2seq(
         base.task,
-        output,
         branch=branch,
         precision=weights,
         compute=compute,

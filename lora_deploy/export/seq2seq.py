@@ -17,14 +17,13 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedConfig, PreTrainedModel
 
-from lora_deploy.errors import OutputError, UsageError
+from lora_deploy.errors import UsageError
 from lora_deploy.export.branch import add_slot_inputs
 from lora_deploy.export.graph import Graph, Segment, WeightSource, as_unsupported
 from lora_deploy.export.lower import Lowered
 from lora_deploy.export.outputs import OutputChange
 from lora_deploy.export.traced import DTYPES, finish_trace, trace_module, unfilled_model
 from lora_deploy.export.writer import INLINE_BYTES, write_model
-from lora_deploy.integrity import MODEL_NAME
 from lora_deploy.manifest import CodedWeight, Manifest, Slot
 from lora_deploy.task import Task
 
@@ -40,7 +39,6 @@ _KINDS = ("key", "value")
 
 def check_seq2seq(
     task: Task,
-    output: Path,
     *,
     branch: str | None,
     precision: str,
@@ -48,24 +46,16 @@ def check_seq2seq(
     own: str,
     adapter_precision: str | None,
 ) -> None:
-    """What cannot be done with an encoder-decoder; raises UsageError, and OutputError where one would be replaced.
+    """What cannot be done with an encoder-decoder; raises UsageError.
 
     Args:
         task: Of the model.
-        output: The directory.
         branch: None to merge.
         precision: Of the weights.
         compute: Type of the computation.
         own: The base's scheme.
         adapter_precision: "int8", or None.
     """
-    if (output / ENCODER).exists() or (task == "seq2seq-lm" and (output / MODEL_NAME).exists()):
-        raise OutputError(
-            "an export of several graphs is not replaced: no single step could do it",
-            file=output,
-            expected="a directory that is new or empty",
-            remedy="remove it first, or choose another --output",
-        )
     if task != "seq2seq-lm":
         return
     refused = {

@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lora_deploy.adapter import read_adapter
 from lora_deploy.errors import AdapterError
+from lora_deploy.export.merge import hash_adapter
 from lora_deploy.manifest import Manifest
 from lora_deploy.verify import ParityReport
 from lora_deploy.verify.tolerances import TOLERANCES
@@ -212,6 +214,7 @@ def test_the_adapters_are_described_in_the_metadata(branch_export: BranchFactory
     export = branch_export("llama", "nf4", "pooled", TWO)
     entries = ir.load(export.output / "model.onnx").metadata_props
     described = json.loads(entries["lora_deploy.adapters"])
-    assert {name: one["source"] for name, one in described.items()} == {k: str(v) for k, v in export.adapters.items()}
+    hashes = {name: hash_adapter(read_adapter(place)) for name, place in export.adapters.items()}
+    assert {name: one["sha256"] for name, one in described.items()} == hashes
     assert {name: one["config"]["r"] for name, one in described.items()} == {"one": 4, "two": 7}
     assert Manifest.load(export.output).pool == ("one", "two")

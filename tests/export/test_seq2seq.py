@@ -177,25 +177,33 @@ def test_verify_reads_all_three_graphs_again(merged: ExportResult, tmp_path: Pat
     for name in seq2seq.PARTS:
         broken = Path(shutil.copytree(merged.output, tmp_path / name))
         (broken / name).write_bytes((broken / name).read_bytes()[:-1])
-        with pytest.raises(CheckpointError, match="a graph of the export is missing or damaged"):
+        with pytest.raises(CheckpointError, match="a file of the export is damaged"):
             verify(broken)
 
 
-def test_one_export_never_takes_the_place_of_another(merged: ExportResult, trained: Factory, tmp_path: Path) -> None:
-    """Four files cannot be replaced at once, so that what is there stays as it is."""
+def test_one_export_takes_the_place_of_another_in_one_step_or_not_at_all(
+    merged: ExportResult, trained: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = Path(shutil.copytree(merged.output, tmp_path / "out"))
     before = {file.name: file.read_bytes() for file in output.iterdir()}
     base, adapter = trained("gated")
-    with pytest.raises(OutputError, match="an export of several graphs is not replaced"):
-        export_onnx(base, adapter, output=output, quantization="none", overwrite=True)
+    again = {"output": output, "quantization": "none", "overwrite": True, "verify": False}
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_deploy.export.commit._exchange", lambda first, second: False)
+        with pytest.raises(OutputError, match="only in one step"):
+            export_onnx(base, adapter, **again)
     assert {file.name: file.read_bytes() for file in output.iterdir()} == before
+    export_onnx(base, adapter, **again)
+    assert verify(output).passed
+    assert {file.name for file in output.iterdir()} >= {"model.onnx", *seq2seq.PARTS}
+    assert not set(before.values()) & {(output / name).read_bytes() for name in ("model.onnx", *seq2seq.PARTS)}
 
 
 @pytest.mark.parametrize("stopped", [*seq2seq.PARTS, "model.onnx"])
 def test_an_export_that_is_stopped_at_any_file_leaves_nothing(
     stopped: str, trained: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`model.onnx` comes last: without it there is no export."""
+    """Where files are moved one by one: `model.onnx` comes last, and without it there is no export."""
     own, order = Path.replace, []
 
     def replace(self: Path, target: Path) -> Path:
@@ -204,6 +212,7 @@ def test_an_export_that_is_stopped_at_any_file_leaves_nothing(
             raise OSError(28, "No space left on device", str(self))
         return own(self, target)
 
+    monkeypatch.setattr("lora_deploy.export.commit._can_rename", lambda output: False)
     monkeypatch.setattr(Path, "replace", replace)
     base, adapter = trained("tied")
     with pytest.raises(OutputError):

@@ -176,7 +176,10 @@ def _describe_directory(path: Path) -> AdapterDescription:
 def _describe(name: str, a: torch.Tensor, b: torch.Tensor, scaling: float) -> UpdateDescription:
     """Of A (r, in) and B (out, r). The update's norm comes from two r x r products: |BA|^2 = tr(B'B AA')."""
     a, b = a.double(), b.double()
-    square = float(((b.t() @ b) * (a @ a.t())).sum().clamp(min=0))
+    if a.shape[0] ** 2 > a.shape[1] * b.shape[0]:  # a rank beyond all sense would fill the memory
+        square = float((b @ a).square().sum())
+    else:
+        square = float(((b.t() @ b) * (a @ a.t())).sum().clamp(min=0))
     return UpdateDescription(
         name=name,
         rank=a.shape[0],

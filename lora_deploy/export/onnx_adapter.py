@@ -11,10 +11,10 @@ import torch
 
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
 from lora_deploy.adapter.packing import check_slots, pack_slots
+from lora_deploy.entries import recorded_scheme, recorded_text
 from lora_deploy.errors import AdapterError, OutputError, UsageError
 from lora_deploy.export.merge import drop_copies, open_base
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, read_metadata
-from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.run.session import host_ortvalue, import_onnxruntime, numpy_dtype
 
 __all__ = ["check_name", "convert_adapter", "write_onnx_adapter"]
@@ -84,7 +84,8 @@ def convert_adapter(
             expected=f"sha256 {manifest.base_sha256[:16]}…",
             remedy="export its own base with --branch",
         )
-    quantization = QuantizationScheme.model_validate_json(manifest.quantization)
+    graph = directory / "model.onnx"
+    quantization = recorded_scheme(manifest.quantization, graph)
     if record is not None and record.quantization != quantization:
         raise AdapterError(
             "the adapter was trained on another quantization of the base than the export's",
@@ -93,7 +94,7 @@ def convert_adapter(
             expected=quantization,
             remedy="export the base as it was trained on with --branch",
         )
-    if lora.parameters and Path(base_model := read_metadata(directory)["lora_deploy.base_model"]).is_dir():
+    if lora.parameters and Path(base_model := recorded_text(read_metadata(directory), "base_model", graph)).is_dir():
         lora = drop_copies(lora, open_base(base_model, quantization, [lora]))
     return write_onnx_adapter(lora, manifest, directory, name)
 

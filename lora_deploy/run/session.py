@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_deploy.errors import CheckpointError, UsageError
+from lora_deploy.graph_check import metadata_of, read_graph
 from lora_deploy.manifest import Manifest
+from lora_deploy.run.interface import check_cache_input, check_logits, first_line
 
 __all__ = ["Cache", "OnnxSession", "host_ortvalue", "import_onnxruntime", "numpy_dtype", "numpy_of"]
 
@@ -86,8 +88,7 @@ class OnnxSession:
     ) -> None:
         self._onnxruntime = import_onnxruntime()
         file = Path(model) / "model.onnx" if Path(model).is_dir() else Path(model)
-        if not file.is_file():
-            raise CheckpointError("there is no exported model", file=file, remedy="make one with lora-deploy export")
+        metadata = metadata_of(read_graph(file), file)
         if provider not in _PROVIDERS or _PROVIDERS[provider] not in self._onnxruntime.get_available_providers():
             raise UsageError(
                 "onnxruntime does not have this provider here",
@@ -108,9 +109,7 @@ class OnnxSession:
         except (CheckpointError, UsageError):
             raise
         except Exception as error:  # onnxruntime's own classes have no common base
-            raise CheckpointError(
-                "onnxruntime cannot open the model", file=file, found=str(error).splitlines()[0][:300]
-            ) from error
+            raise CheckpointError("onnxruntime cannot open the model", file=file, found=first_line(error)) from error
         if _PROVIDERS[provider] not in self.session.get_providers():  # onnxruntime goes on without it, and only warns
             raise UsageError(
                 "onnxruntime could not start the provider",
@@ -118,7 +117,6 @@ class OnnxSession:
                 expected=_PROVIDERS[provider],
                 remedy="check the GPU, its driver, and that onnxruntime-gpu finds the CUDA libraries it was built for",
             )
-        metadata = self.session.get_modelmeta().custom_metadata_map
         self.manifest = Manifest.read(metadata, file) if "lora_deploy.precision" in metadata else None
         inputs = self.session.get_inputs()
         self.has_position_ids = any(node.name == "position_ids" for node in inputs)
@@ -126,6 +124,9 @@ class OnnxSession:
         self.optional_inputs = {node.name: node.type for node in self.session.get_overridable_initializers()}
         self.writes_in_place = metadata.get("lora_deploy.cache") == "in place"
         self._past = [node for node in inputs if node.name.startswith("past_key_values.")]
+        for node in self._past:
+            check_cache_input(file, node)
+        self._file = file
         self._outputs = [node.name for node in self.session.get_outputs()]
 
     def _open(self, file: Path, options: Any, weights: Weights, exact_activations: bool) -> Any:
@@ -211,7 +212,9 @@ class OnnxSession:
         feeds |= cache if cache is not None else self.empty_cache(batch)
         in_place = cache if self.writes_in_place and cache and _room(cache) >= attention_mask.shape[1] else None
         outputs = self._run({**feeds, **(adapter or {})}, on_host=("logits",), in_place=in_place)
-        logits = numpy_of(outputs.pop("logits")).astype(np.float32, copy=False)
+        logits = outputs.pop("logits", None)
+        check_logits(self._file, logits, batch, new)
+        logits = numpy_of(logits).astype(np.float32, copy=False)
         if in_place is not None:  # the OrtValues given: only they keep the memory
             return logits, in_place
         return logits, {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
@@ -235,15 +238,20 @@ class OnnxSession:
     def _run(self, feeds: Mapping[str, Any], on_host: Sequence[str], in_place: Cache | None = None) -> dict[str, Any]:
         """The outputs as OrtValues: those that are named on the CPU, the others on the device, or in a cache."""
         binding = self.session.io_binding()
-        for name, value in feeds.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            place = (in_place or {}).get(name.replace("present.", "past_key_values.", 1))
-            if place is not None:
-                binding.bind_ortvalue_output(name, place)
-            else:
-                binding.bind_output(name, "cpu" if name in on_host else self.provider)
-        self.session.run_with_iobinding(binding)
+        try:
+            for name, value in feeds.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self._outputs:
+                place = (in_place or {}).get(name.replace("present.", "past_key_values.", 1))
+                if place is not None:
+                    binding.bind_ortvalue_output(name, place)
+                else:
+                    binding.bind_output(name, "cpu" if name in on_host else self.provider)
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's own classes have no common base
+            raise CheckpointError(
+                "onnxruntime cannot run the model", file=self._file, found=first_line(error)
+            ) from error
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
 

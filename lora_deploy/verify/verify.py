@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
+from lora_deploy.entries import recorded_adapters, recorded_data, recorded_parts, recorded_scheme, recorded_text
 from lora_deploy.errors import CheckpointError, InputError, UsageError
 from lora_deploy.export.merge import drop_copies, hash_adapter, open_base
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, read_metadata
-from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.run.adapters import find_adapters
 from lora_deploy.run.session import Weights, check_weights
 from lora_deploy.verify.parity import check_parity
@@ -66,12 +65,13 @@ def verify(
             found=directory,
             remedy="call lora_deploy.verify_module(directory, module, adapter, example_inputs=...)",
         )
-    base_model = model if model is not None else entries["lora_deploy.base_model"]
-    scheme = QuantizationScheme.model_validate_json(entries["lora_deploy.quantization"])
+    graph = directory / "model.onnx"
+    base_model = model if model is not None else recorded_text(entries, "base_model", graph)
+    scheme = recorded_scheme(recorded_text(entries, "quantization", graph), graph)
     read = _read_adapters(directory, entries, adapter)
     with _naming("--model"):
         base = open_base(base_model, scheme, read.values())
-    expect_same(base.sha256(), entries["lora_deploy.base_sha256"], "base", base.directory, "--model")
+    expect_same(base.sha256(), recorded_text(entries, "base_sha256", graph), "base", base.directory, "--model")
     adapters = {name: drop_copies(lora, base) for name, lora in read.items()}
     _expect_adapters(adapters, entries)
     records = [TrainingRecord.load(lora.source) for lora in adapters.values()]
@@ -79,14 +79,14 @@ def verify(
         directory,
         base,
         adapters,
-        provider=provider or entries["lora_deploy.provider"],
+        provider=provider or recorded_text(entries, "provider", graph),
         weights=weights,
         data=data,
         training_data=[record.data for record in records if record is not None],
         max_kl=max_kl,
         on_progress=on_progress,
     )
-    recorded = set(json.loads(entries.get("lora_deploy.adapters", "{}")))
+    recorded = set(recorded_adapters(entries, graph))
     converted = set(find_adapters(directory)) if "lora_deploy.slots" in entries else set()
     unchecked = sorted((recorded | converted) - set(adapters))
     if unchecked:
@@ -102,7 +102,7 @@ def _read_adapters(
     given: str | Path | Sequence[str] | Mapping[str, str | Path] | None,
 ) -> dict[str, LoraAdapter]:
     """The adapters to check: those that the export names, where they are now, and those that were added later."""
-    recorded: dict[str, dict[str, str]] = json.loads(entries.get("lora_deploy.adapters", "{}"))
+    recorded = recorded_adapters(entries, directory / "model.onnx")
     manifest = Manifest.read(entries, directory / "model.onnx")
     files = find_adapters(directory) if manifest.branch == "hot-swap" else {}
     known = set(recorded) | set(files)
@@ -135,7 +135,7 @@ def _read_adapters(
 
 def _expect_adapters(adapters: Mapping[str, LoraAdapter], entries: Mapping[str, str]) -> None:
     """Those that the export was made from must be what they were."""
-    recorded: dict[str, dict[str, str]] = json.loads(entries.get("lora_deploy.adapters", "{}"))
+    recorded = recorded_adapters(entries, "model.onnx")
     for name in recorded.keys() & adapters.keys():
         found = hash_adapter(adapters[name])
         expect_same(found, recorded[name]["sha256"], "adapter", adapters[name].source, "--adapter")
@@ -199,11 +199,11 @@ def read_provenance(directory: Path) -> dict[str, str]:
     entries = read_metadata(directory)
     if "lora_deploy.data_sha256" not in entries:
         raise CheckpointError("this model was not exported by lora-deploy", file=file)
-    for name, sha256 in json.loads(entries.get("lora_deploy.parts", "{}")).items():
+    for name, sha256 in recorded_parts(entries, file).items():
         part = directory / name
         if not part.is_file() or hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
             raise CheckpointError("a graph of the export is missing or damaged", file=part, remedy="export again")
-    expected = entries["lora_deploy.data_sha256"]
+    expected = recorded_data(entries, file)
     data = directory / f"model-{expected[:12]}.onnx.data"
     if not data.is_file():
         raise CheckpointError("the weights of the export are missing", file=data, remedy="export again")

@@ -108,7 +108,7 @@ def check_graph(model: Any, file: Path) -> None:
         CheckpointError: It has no graph; a tensor's values are elsewhere, or are not those of its shape; an input has
             absurd sizes; or functions call each other without end.
     """
-    if not model.HasField("graph") or not model.graph.node:
+    if not model.HasField("graph"):
         raise CheckpointError("the exported model is damaged", file=file, found="no graph", remedy="export again")
     sizes: dict[str, int] = {}
     for graph in _graphs(model):
@@ -218,8 +218,14 @@ def _check_external(tensor: Any, values: int, file: Path, sizes: dict[str, int])
     if length != expected:
         raise _hostile(file, tensor.name, f"{length:,} bytes", f"{expected:,}, those of {_shape(tensor.dims)}")
     if offset + length > size:
-        found = f"bytes {offset:,} to {offset + length:,} of {entries['location']}"
-        raise _hostile(file, tensor.name, found, f"within its {size:,} bytes")
+        raise CheckpointError(
+            "the weights of the export are damaged: their file ends too early",
+            file=file.parent / location,
+            tensor=_printable(tensor.name),
+            found=f"{size:,} bytes",
+            expected=f"bytes {offset:,} to {offset + length:,} for this tensor",
+            remedy="export again",
+        )
 
 
 def _size_beside(name: str, location: str, file: Path, sizes: dict[str, int]) -> int:

@@ -24,7 +24,7 @@ Weights = Literal["stored", "expand", "native"]
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
-_LOG_ERRORS_ONLY = 3
+_LOG_FATAL_ONLY = 4
 
 
 def import_onnxruntime() -> Any:
@@ -103,7 +103,7 @@ class OnnxSession:
             self._onnxruntime.preload_dlls()  # finds the CUDA libraries that torch's packages bring
         self.provider = provider
         options = self._onnxruntime.SessionOptions()
-        options.log_severity_level = _LOG_ERRORS_ONLY  # it warns of every optional input
+        options.log_severity_level = _LOG_FATAL_ONLY  # it warns of every optional input, and errors are raised as well
         try:
             self.session = self._open(file, options, weights, exact_activations)
         except (CheckpointError, UsageError):
@@ -130,18 +130,19 @@ class OnnxSession:
         self._outputs = [node.name for node in self.session.get_outputs()]
 
     def _open(self, file: Path, options: Any, weights: Weights, exact_activations: bool) -> Any:
-        providers = [_PROVIDERS[self.provider]]
+        # Without a GPU onnxruntime falls back to the CPU, which is told afterwards; on a CPU it would only try again.
+        how: dict[str, Any] = {"providers": [_PROVIDERS[self.provider]], "enable_fallback": int(self.provider != "cpu")}
         if weights == "stored" and not exact_activations:
-            return self._onnxruntime.InferenceSession(str(file), options, providers=providers)
+            return self._onnxruntime.InferenceSession(str(file), options, **how)
         from lora_deploy.run.weights import ExpandedWeights, NativeWeights, graph_at_level_0
 
         # The graph comes from memory, the weights that are as they were from its folder.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
         if weights == "stored":
-            return self._onnxruntime.InferenceSession(graph_at_level_0(file), options, providers=providers)
+            return self._onnxruntime.InferenceSession(graph_at_level_0(file), options, **how)
         # Kept with the session: onnxruntime has no share in the memory of what it is given.
         self._weights = NativeWeights(file, options) if weights == "native" else ExpandedWeights(file, options)
-        session = self._onnxruntime.InferenceSession(self._weights.graph, options, providers=providers)
+        session = self._onnxruntime.InferenceSession(self._weights.graph, options, **how)
         if isinstance(self._weights, ExpandedWeights):
             self._weights.release(session)
         return session

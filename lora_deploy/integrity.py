@@ -8,12 +8,12 @@ is about. A seal finds damage and mistakes. It is no signature: who can write th
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from lora_deploy.entries import FILES_ENTRY, recorded_files
 from lora_deploy.errors import CheckpointError
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, read_metadata
 
@@ -29,7 +29,6 @@ __all__ = [
     "base_key",
     "check_files",
     "hash_file",
-    "recorded_files",
     "seal_bytes",
     "seal_of",
 ]
@@ -52,7 +51,7 @@ TOKENIZER_FILES = (
 SIDE_FILES = ("config.json", "generation_config.json", "genai_config.json", *TOKENIZER_FILES)
 DATA_PATTERN = "model-*.onnx.data"
 
-FILES_ENTRY, SEAL_ENTRY = "lora_deploy.files", "lora_deploy.model_sha256"
+SEAL_ENTRY = "lora_deploy.model_sha256"
 UNSEALED = "0" * 64
 _HEX = rb"[0-9a-f]{64}"
 _SEALS = {
@@ -142,35 +141,8 @@ def base_key(entries: Mapping[str, str]) -> str:
     Args:
         entries: The graph's `metadata_props`.
     """
-    config = json.loads(entries.get(FILES_ENTRY, "{}")).get("config.json", "")
+    config = recorded_files(entries, MODEL_NAME).get("config.json", "")
     return hashlib.sha256(f"{entries.get('lora_deploy.base_sha256', '')}\n{config}".encode()).hexdigest()
-
-
-def recorded_files(entries: Mapping[str, str], file: Path) -> dict[str, str]:
-    """The SHA-256 of every file beside the graph, as the graph records it.
-
-    Args:
-        entries: The graph's `metadata_props`.
-        file: The graph's, for messages.
-
-    Raises:
-        CheckpointError: It cannot be read.
-    """
-    try:
-        recorded = json.loads(entries.get(FILES_ENTRY, "{}"))
-    except (ValueError, RecursionError):
-        recorded = None
-    if not isinstance(recorded, dict) or not all(map(_is_record, recorded, recorded.values())):
-        raise CheckpointError("what the model says of its files cannot be read", file=file, remedy="export again")
-    return recorded
-
-
-def _is_record(name: str, sha256: object) -> bool:
-    """A file in the export's directory or among its adapters, and a digest."""
-    parts = PurePosixPath(name).parts
-    inside = len(parts) == 1 or (len(parts) == 2 and parts[0] == ADAPTER_DIRECTORY)
-    plain = name == "/".join(parts) and not set(name) & {"\\", ":", "\0"} and ".." not in parts
-    return inside and plain and isinstance(sha256, str) and re.fullmatch(_HEX.decode(), sha256) is not None
 
 
 def _is_adapter(name: str) -> bool:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from lora_deploy.bounds import AdapterName, Name, Row, Size, first_fault
 from lora_deploy.errors import CheckpointError
 from lora_deploy.task import Task
 
@@ -41,17 +43,12 @@ def read_metadata(directory: str | Path) -> dict[str, str]:
     """The `metadata_props` of an export's graph.
 
     Raises:
-        CheckpointError: There is none, or it is damaged.
+        CheckpointError: There is none, it is damaged, or hostile.
     """
-    import onnx_ir as ir
+    from lora_deploy.graph_check import metadata_of, read_graph
 
     file = Path(directory) / "model.onnx"
-    if not file.is_file():
-        raise CheckpointError("there is no exported model", file=file, remedy="make one with lora-deploy export")
-    try:
-        return dict(ir.load(file).metadata_props)
-    except Exception as error:  # what protobuf and onnx_ir raise has no common base
-        raise CheckpointError("the exported model is damaged", file=file, found=str(error)) from error
+    return metadata_of(read_graph(file), file)
 
 
 class _Entry(BaseModel):
@@ -67,9 +64,9 @@ class StoredModule(_Entry):
         sha256: Of the codes and scales of the base's own weight, as `lora_deploy.quantization.hashes` hashes them.
     """
 
-    name: str
-    shape: tuple[int, int]
-    sha256: str = ""
+    name: Name
+    shape: tuple[Size, Size]
+    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?\z")
 
 
 class CodedWeight(_Entry):
@@ -91,14 +88,20 @@ class CodedWeight(_Entry):
 
     operator: Literal["MatMulBnb4", "MatMulNBits", "expand", "GatherBlockQuantized"]
     scheme: Literal["nf4", "fp4", "int8", "int4"]
-    blocksize: int
-    codes: str
-    scales: str
-    output: str
-    modules: tuple[StoredModule, ...]
+    blocksize: Size
+    codes: Name
+    scales: Name
+    output: Name
+    modules: tuple[StoredModule, ...] = Field(min_length=1)
     exact: bool = True
     requantized: bool = False
-    accuracy_level: int = 0
+    accuracy_level: int = Field(default=0, ge=0, le=4)
+
+    @model_validator(mode="after")
+    def _layers_of_one_width(self) -> CodedWeight:
+        if len({module.shape[1] for module in self.modules}) > 1:
+            raise ValueError(f"{self.codes}: layers of different widths cannot follow each other")
+        return self
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -114,9 +117,15 @@ class SlotPart(_Entry):
         rows: (start, stop) of its rows, or all of them one by one where they are not in order.
     """
 
-    module: str
-    rows: tuple[int, ...]
+    module: Name
+    rows: tuple[Row, ...]
     in_order: bool = True
+
+    @model_validator(mode="after")
+    def _a_range_is_two(self) -> SlotPart:
+        if self.in_order and (len(self.rows) != 2 or self.rows[0] > self.rows[1]):
+            raise ValueError(f"{self.module}: rows in order are (start, stop), not {self.rows[:4]}")
+        return self
 
     def indices(self) -> range | tuple[int, ...]:
         """The rows, in order."""
@@ -135,11 +144,21 @@ class Slot(_Entry):
             inputs, and in B, along the outputs. None where they are stored as floats that the graph computes with.
     """
 
-    name: str
-    inputs: int
-    outputs: int
+    name: Name
+    inputs: Size
+    outputs: Size
     parts: tuple[SlotPart, ...]
-    int8_blocks: tuple[int, int] | None = None
+    int8_blocks: tuple[Size, Size] | None = None
+
+    @model_validator(mode="after")
+    def _parts_and_blocks_fit(self) -> Slot:
+        parts = sum(len(part.indices()) for part in self.parts)
+        if parts != self.outputs:
+            raise ValueError(f"{self.name}: its parts are {parts:,} outputs, not {self.outputs:,}")
+        for size, block in zip((self.inputs, self.outputs), self.int8_blocks or (1, 1), strict=True):
+            if size % block:
+                raise ValueError(f"{self.name}: blocks of {block} do not divide {size}")
+        return self
 
     @property
     def matrix_names(self) -> tuple[str, str]:
@@ -182,7 +201,7 @@ class Slot(_Entry):
 
 _CODED = TypeAdapter(tuple[CodedWeight, ...])
 _SLOTS = TypeAdapter(tuple[Slot, ...])
-_NAMES = TypeAdapter(tuple[str, ...])
+_NAMES = TypeAdapter(tuple[AdapterName, ...])
 
 
 def _dump_slots(slots: tuple[Slot, ...]) -> str:
@@ -213,9 +232,35 @@ class Manifest(_Entry):
     quantization: str = ""
     coded: tuple[CodedWeight, ...] = ()
     slots: tuple[Slot, ...] = ()
-    pool: tuple[str, ...] = ()
+    pool: tuple[AdapterName, ...] = ()
     task: Task = "causal-lm"
     correction: tuple[Slot, ...] = ()
+
+    @model_validator(mode="after")
+    def _each_name_once(self) -> Manifest:
+        groups = {
+            "slot": [slot.name for slot in self.slots],
+            "adapter": list(self.pool),
+            "codes": [weight.output for weight in self.coded],
+        }
+        for what, names in groups.items():
+            twice = [name for name, count in Counter(names).items() if count > 1]
+            if twice:
+                raise ValueError(f"{what} {twice[0]} is there twice")
+        return self
+
+    @model_validator(mode="after")
+    def _slots_hold_whole_layers(self) -> Manifest:
+        places: dict[str, list[tuple[int, int]]] = {}
+        for part in (part for slot in self.slots for part in slot.parts):
+            found = [(part.rows[0], part.rows[1])] if part.in_order else [(row, row + 1) for row in part.rows]
+            places.setdefault(part.module, []).extend(found)
+        for module, ranges in places.items():
+            ranges.sort()
+            ends = [0, *(stop for _, stop in ranges)]
+            if any(start != end for (start, _), end in zip(ranges, ends, strict=False)):
+                raise ValueError(f"{module}: the slots do not hold each of its rows once")
+        return self
 
     @property
     def fingerprint(self) -> int:
@@ -289,6 +334,6 @@ class Manifest(_Entry):
             raise CheckpointError(
                 "what the model says of itself cannot be read",
                 file=str(file),
-                found=str(error).splitlines()[-2].strip(),
+                found=first_fault(error),
                 remedy="export again",
             ) from error

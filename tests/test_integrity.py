@@ -59,7 +59,7 @@ CHANGES: dict[str, tuple[Callable[[Path, Path], object], list[str]]] = {
     ),
     "a graph of another export": (
         lambda own, other: shutil.copyfile(other / "model.onnx", own / "model.onnx"),
-        ["changed after the export", "sha256", "export again"],
+        ["missing", ".onnx.data", "export again"],
     ),
     "the report of another export": (
         lambda own, other: shutil.copyfile(other / "parity.json", own / "parity.json"),
@@ -94,11 +94,11 @@ CHANGES: dict[str, tuple[Callable[[Path, Path], object], list[str]]] = {
     "a file that is gone": (lambda own, other: (own / "genai_config.json").unlink(), ["missing", "genai_config.json"]),
     "a record of files elsewhere": (
         lambda own, other: _record(own, {"../../secret": "0" * 64}),
-        ["what the model says of its files", "model.onnx"],
+        ["what the model says of itself", "lora_deploy.files", "model.onnx"],
     ),
     "a record that is no digest": (
         lambda own, other: _record(own, {"config.json": "0"}),
-        ["what the model says of its files", "model.onnx"],
+        ["what the model says of itself", "lora_deploy.files", "model.onnx"],
     ),
 }
 

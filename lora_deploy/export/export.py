@@ -15,6 +15,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from lora_deploy.adapter import LoraAdapter
 from lora_deploy.adapter.packing import deployed_adapter
+from lora_deploy.entries import FILES_ENTRY
 from lora_deploy.errors import UsageError
 from lora_deploy.export.branch import add_slot_inputs, stream_branches
 from lora_deploy.export.coded import stream_codes
@@ -35,7 +36,7 @@ from lora_deploy.export.source import SourceChoice
 from lora_deploy.export.ties import note_ties
 from lora_deploy.export.weights import largest_first, stream_constants, stream_weights
 from lora_deploy.export.writer import write_data, write_model
-from lora_deploy.integrity import FILES_ENTRY, base_key, hash_file
+from lora_deploy.integrity import base_key, hash_file
 from lora_deploy.manifest import BranchKind
 from lora_deploy.places import remember_place
 from lora_deploy.quantization.hashes import combine_hashes

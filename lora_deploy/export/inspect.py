@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel
 
@@ -138,7 +139,8 @@ def describe_adapter(path: str | Path) -> AdapterDescription:
 
 def _as_floats(path: Path, arrays: Tensors) -> dict[str, torch.Tensor]:
     """A and B by name in float32; int8 codes times their scales, as matrices."""
-    tensors = {name: torch.from_numpy(values.astype("float32")) for name, values in arrays.items()}
+    with np.errstate(over="ignore", invalid="ignore"):  # a float64 beyond float32 is shown as infinity
+        tensors = {name: torch.from_numpy(values.astype("float32")) for name, values in arrays.items()}
     for name in [name.removesuffix("_codes") for name in tensors if name.endswith("_codes")]:
         codes, scales = tensors.pop(f"{name}_codes"), tensors.pop(f"{name}_scales", None)
         along = 1 if name.endswith("A") else 2
@@ -176,7 +178,10 @@ def _describe_directory(path: Path) -> AdapterDescription:
 def _describe(name: str, a: torch.Tensor, b: torch.Tensor, scaling: float) -> UpdateDescription:
     """Of A (r, in) and B (out, r). The update's norm comes from two r x r products: |BA|^2 = tr(B'B AA')."""
     a, b = a.double(), b.double()
-    square = float(((b.t() @ b) * (a @ a.t())).sum().clamp(min=0))
+    if a.shape[0] ** 2 > a.shape[1] * b.shape[0]:  # a rank beyond all sense would fill the memory
+        square = float((b @ a).square().sum())
+    else:
+        square = float(((b.t() @ b) * (a @ a.t())).sum().clamp(min=0))
     return UpdateDescription(
         name=name,
         rank=a.shape[0],

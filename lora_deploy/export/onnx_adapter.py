@@ -11,13 +11,13 @@ import torch
 
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
 from lora_deploy.adapter.packing import check_slots, pack_slots
+from lora_deploy.entries import recorded_scheme
 from lora_deploy.errors import AdapterError, OutputError, UsageError
 from lora_deploy.export.commit import locked, sync
 from lora_deploy.export.merge import drop_copies, open_base
 from lora_deploy.integrity import base_key
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, read_metadata
 from lora_deploy.places import find_place
-from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.run.adapter_seal import UNSEALED_VERSION, seal_adapter
 from lora_deploy.run.session import host_ortvalue, import_onnxruntime, numpy_dtype
 
@@ -86,7 +86,8 @@ def convert_adapter(
             expected=f"sha256 {manifest.base_sha256[:16]}…",
             remedy="export its own base with --branch",
         )
-    quantization = QuantizationScheme.model_validate_json(manifest.quantization)
+    graph = directory / "model.onnx"
+    quantization = recorded_scheme(manifest.quantization, graph)
     if record is not None and record.quantization != quantization:
         raise AdapterError(
             "the adapter was trained on another quantization of the base than the export's",

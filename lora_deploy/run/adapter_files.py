@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 
 from lora_deploy.errors import AdapterError
 from lora_deploy.manifest import Manifest, Slot
-from lora_deploy.run.session import import_onnxruntime, numpy_dtype, numpy_of
+from lora_deploy.run.adapter_format import MalformedAdapterError, parse_adapter
+from lora_deploy.run.interface import first_line
+from lora_deploy.run.session import numpy_dtype
 
 __all__ = ["Tensors", "read_onnx_adapter", "read_tensors"]
 
@@ -35,17 +37,13 @@ def read_tensors(file: Path) -> tuple[int, Tensors]:
     """
     if not file.is_file():
         raise AdapterError("there is no such adapter", file=file, remedy="make it with lora-deploy adapter convert")
-    onnxruntime = import_onnxruntime()
     try:
-        content = onnxruntime.AdapterFormat.read_adapter(str(file))
-        # Copies: what onnxruntime gives is a view of the file, and the file is closed with `content`.
-        tensors = {name: np.array(numpy_of(value)) for name, value in content.get_parameters().items()}
-        return content.get_model_version(), tensors
-    except Exception as error:  # onnxruntime raises RuntimeError and its own classes, without a common base
+        return parse_adapter(file.read_bytes())
+    except (OSError, MalformedAdapterError) as error:
         raise AdapterError(
             "the adapter cannot be read",
             file=file,
-            found=(str(error).strip().splitlines() or [type(error).__name__])[0][-200:],
+            found=first_line(error),
             expected="an .onnx_adapter file",
             remedy=_REMEDY,
         ) from error

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_deploy.errors import CheckpointError, UsageError
+from lora_deploy.graph_check import metadata_of, read_graph
 from lora_deploy.manifest import Manifest
+from lora_deploy.run.interface import check_cache_input, check_logits, first_line
 
 __all__ = ["Cache", "OnnxSession", "host_ortvalue", "import_onnxruntime", "numpy_dtype", "numpy_of"]
 
@@ -22,7 +24,7 @@ Weights = Literal["stored", "expand", "native"]
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
-_LOG_ERRORS_ONLY = 3
+_LOG_FATAL_ONLY = 4
 
 
 def import_onnxruntime() -> Any:
@@ -86,8 +88,7 @@ class OnnxSession:
     ) -> None:
         self._onnxruntime = import_onnxruntime()
         file = Path(model) / "model.onnx" if Path(model).is_dir() else Path(model)
-        if not file.is_file():
-            raise CheckpointError("there is no exported model", file=file, remedy="make one with lora-deploy export")
+        metadata = metadata_of(read_graph(file), file)
         if provider not in _PROVIDERS or _PROVIDERS[provider] not in self._onnxruntime.get_available_providers():
             raise UsageError(
                 "onnxruntime does not have this provider here",
@@ -102,15 +103,13 @@ class OnnxSession:
             self._onnxruntime.preload_dlls()  # finds the CUDA libraries that torch's packages bring
         self.provider = provider
         options = self._onnxruntime.SessionOptions()
-        options.log_severity_level = _LOG_ERRORS_ONLY  # it warns of every optional input
+        options.log_severity_level = _LOG_FATAL_ONLY  # it warns of every optional input, and errors are raised as well
         try:
             self.session = self._open(file, options, weights, exact_activations)
         except (CheckpointError, UsageError):
             raise
         except Exception as error:  # onnxruntime's own classes have no common base
-            raise CheckpointError(
-                "onnxruntime cannot open the model", file=file, found=str(error).splitlines()[0][:300]
-            ) from error
+            raise CheckpointError("onnxruntime cannot open the model", file=file, found=first_line(error)) from error
         if _PROVIDERS[provider] not in self.session.get_providers():  # onnxruntime goes on without it, and only warns
             raise UsageError(
                 "onnxruntime could not start the provider",
@@ -118,7 +117,6 @@ class OnnxSession:
                 expected=_PROVIDERS[provider],
                 remedy="check the GPU, its driver, and that onnxruntime-gpu finds the CUDA libraries it was built for",
             )
-        metadata = self.session.get_modelmeta().custom_metadata_map
         self.manifest = Manifest.read(metadata, file) if "lora_deploy.precision" in metadata else None
         inputs = self.session.get_inputs()
         self.has_position_ids = any(node.name == "position_ids" for node in inputs)
@@ -126,21 +124,25 @@ class OnnxSession:
         self.optional_inputs = {node.name: node.type for node in self.session.get_overridable_initializers()}
         self.writes_in_place = metadata.get("lora_deploy.cache") == "in place"
         self._past = [node for node in inputs if node.name.startswith("past_key_values.")]
+        for node in self._past:
+            check_cache_input(file, node)
+        self._file = file
         self._outputs = [node.name for node in self.session.get_outputs()]
 
     def _open(self, file: Path, options: Any, weights: Weights, exact_activations: bool) -> Any:
-        providers = [_PROVIDERS[self.provider]]
+        # Without a GPU onnxruntime falls back to the CPU, which is told afterwards; on a CPU it would only try again.
+        how: dict[str, Any] = {"providers": [_PROVIDERS[self.provider]], "enable_fallback": int(self.provider != "cpu")}
         if weights == "stored" and not exact_activations:
-            return self._onnxruntime.InferenceSession(str(file), options, providers=providers)
+            return self._onnxruntime.InferenceSession(str(file), options, **how)
         from lora_deploy.run.weights import ExpandedWeights, NativeWeights, graph_at_level_0
 
         # The graph comes from memory, the weights that are as they were from its folder.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
         if weights == "stored":
-            return self._onnxruntime.InferenceSession(graph_at_level_0(file), options, providers=providers)
+            return self._onnxruntime.InferenceSession(graph_at_level_0(file), options, **how)
         # Kept with the session: onnxruntime has no share in the memory of what it is given.
         self._weights = NativeWeights(file, options) if weights == "native" else ExpandedWeights(file, options)
-        session = self._onnxruntime.InferenceSession(self._weights.graph, options, providers=providers)
+        session = self._onnxruntime.InferenceSession(self._weights.graph, options, **how)
         if isinstance(self._weights, ExpandedWeights):
             self._weights.release(session)
         return session
@@ -211,7 +213,9 @@ class OnnxSession:
         feeds |= cache if cache is not None else self.empty_cache(batch)
         in_place = cache if self.writes_in_place and cache and _room(cache) >= attention_mask.shape[1] else None
         outputs = self._run({**feeds, **(adapter or {})}, on_host=("logits",), in_place=in_place)
-        logits = numpy_of(outputs.pop("logits")).astype(np.float32, copy=False)
+        logits = outputs.pop("logits", None)
+        check_logits(self._file, logits, batch, new)
+        logits = numpy_of(logits).astype(np.float32, copy=False)
         if in_place is not None:  # the OrtValues given: only they keep the memory
             return logits, in_place
         return logits, {name.replace("present.", "past_key_values.", 1): value for name, value in outputs.items()}
@@ -235,15 +239,20 @@ class OnnxSession:
     def _run(self, feeds: Mapping[str, Any], on_host: Sequence[str], in_place: Cache | None = None) -> dict[str, Any]:
         """The outputs as OrtValues: those that are named on the CPU, the others on the device, or in a cache."""
         binding = self.session.io_binding()
-        for name, value in feeds.items():
-            binding.bind_ortvalue_input(name, value)
-        for name in self._outputs:
-            place = (in_place or {}).get(name.replace("present.", "past_key_values.", 1))
-            if place is not None:
-                binding.bind_ortvalue_output(name, place)
-            else:
-                binding.bind_output(name, "cpu" if name in on_host else self.provider)
-        self.session.run_with_iobinding(binding)
+        try:
+            for name, value in feeds.items():
+                binding.bind_ortvalue_input(name, value)
+            for name in self._outputs:
+                place = (in_place or {}).get(name.replace("present.", "past_key_values.", 1))
+                if place is not None:
+                    binding.bind_ortvalue_output(name, place)
+                else:
+                    binding.bind_output(name, "cpu" if name in on_host else self.provider)
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime's own classes have no common base
+            raise CheckpointError(
+                "onnxruntime cannot run the model", file=self._file, found=first_line(error)
+            ) from error
         return dict(zip(self._outputs, binding.get_outputs(), strict=True))
 
 

@@ -77,6 +77,9 @@ class ExpandedWeights:
         name = f"{weight.codes}.expanded"
         dtype = numpy_dtype(self.manifest.compute_dtype)
         rows, columns = weight.shape
+        codes = self._initializers[weight.codes].const_value
+        if codes is None or rows * columns > 2 * codes.nbytes:
+            raise ValueError(f"{weight.codes} has not the {rows} x {columns} codes that the model says it has")
         # Private, where there is such a choice: pages of shared memory would stay, whatever `release` asks for.
         memory = mmap.mmap(-1, rows * columns * dtype.itemsize, **_PRIVATE)
         array = np.frombuffer(memory, dtype).reshape(rows, columns)

@@ -14,14 +14,15 @@ from pydantic import BaseModel
 
 from lora_deploy.adapter import LoraAdapter
 from lora_deploy.adapter.packing import pack_slots, pack_strips
-from lora_deploy.errors import ParityError
+from lora_deploy.errors import CheckpointError, ParityError
 from lora_deploy.export.coded import decode, encode, initializer_shapes
 from lora_deploy.manifest import CodedWeight, Manifest, StoredModule
+from lora_deploy.quantization import QuantizedWeight
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.run.adapter_files import read_onnx_adapter
 from lora_deploy.run.adapters import find_adapters
-from lora_deploy.verify.deployed import flat_initializer, split_modules
+from lora_deploy.verify.deployed import check_stored, flat_initializer, split_modules
 
 __all__ = ["CodesResult", "check_adapter_codes", "check_codes"]
 
@@ -64,6 +65,7 @@ def check_codes(directory: Path, base: TrainingBase) -> CodesResult | None:
     file = directory / "model.onnx"
     model = ir.load(file)
     manifest = Manifest.read(model.metadata_props, file)
+    check_stored(model, manifest, file)
     layers = size = 0
     dtype = torch.float32
     for weight in manifest.coded:
@@ -132,23 +134,45 @@ def _check_module(
     scales: torch.Tensor,
 ) -> tuple[int, int]:
     """Compare one layer with the beginning of what is left; returns how much of it was the layer's."""
-    stored = base.weight(module.name)
+    stored = _layer_of_base(file, base, weight, module)
     sha256 = hash_tensors(iter([(module.name, list(stored.stored()))]))
     if sha256 != module.sha256:
         raise _differs(file, module, "the base's quantized weight", f"sha256 {sha256[:16]}…", f"{module.sha256[:16]}…")
     expected_codes, expected_scales = encode(stored, weight)
     found_codes, found_scales = codes[: expected_codes.numel()], scales[: expected_scales.numel()]
     if not torch.equal(found_codes, expected_codes):
-        count = int((found_codes != expected_codes).sum())
-        raise _differs(file, module, "the codes", f"{count} other bytes", f"{expected_codes.numel()} bytes")
+        other = _count_other(found_codes, expected_codes)
+        raise _differs(file, module, "the codes", f"{other} bytes", f"{expected_codes.numel()} bytes")
     if not torch.equal(found_scales, expected_scales.to(found_scales.dtype)):
-        count = int((found_scales != expected_scales.to(found_scales.dtype)).sum())
-        raise _differs(file, module, "the scales", f"{count} other values", f"{expected_scales.numel()} values")
+        other = _count_other(found_scales, expected_scales.to(found_scales.dtype))
+        raise _differs(file, module, "the scales", f"{other} values", f"{expected_scales.numel()} values")
     if weight.exact and found_scales.dtype == torch.float32:
         values = decode(found_codes, found_scales, weight, module.shape)
         if not torch.equal(values, stored.dequantize()):
             raise _differs(file, module, "the dequantized values", "other values", "the base's, bit for bit")
     return expected_codes.numel(), expected_scales.numel()
+
+
+def _layer_of_base(file: Path, base: TrainingBase, weight: CodedWeight, module: StoredModule) -> QuantizedWeight:
+    """The base's weight, after it has been found to be of this shape, and of a scheme that the codes can be of."""
+    stored = base.weight(module.name) if module.name in base.linears else None
+    if stored is None or stored.shape != module.shape or weight.scheme not in (stored.scheme, "int8"):
+        raise CheckpointError(
+            "the model says that it holds codes of a layer which the training base has not",
+            file=file,
+            tensor=module.name,
+            found=f"{module.shape} in {weight.scheme}",
+            expected=f"{stored.shape} in {stored.scheme}" if stored is not None else "a linear layer of the base",
+            remedy="export again",
+        )
+    return stored
+
+
+def _count_other(found: torch.Tensor, expected: torch.Tensor) -> str:
+    """How many values are others, where there are as many."""
+    if found.shape != expected.shape:
+        return f"{found.numel()}"
+    return f"{int((found != expected).sum())} other"
 
 
 def _differs(file: Path, module: StoredModule, what: str, found: str, expected: str) -> ParityError:

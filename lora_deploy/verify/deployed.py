@@ -23,15 +23,24 @@ from transformers.pytorch_utils import Conv1D
 from lora_deploy.adapter import LoraAdapter, LoraUpdate
 from lora_deploy.adapter.int8 import dequantize
 from lora_deploy.adapter.packing import deployed_adapter
+from lora_deploy.errors import CheckpointError
 from lora_deploy.export.coded import decode, initializer_shapes
 from lora_deploy.export.merge import MergedParameters
 from lora_deploy.export.ties import changed_tables
 from lora_deploy.layers.model import lora_layers
 from lora_deploy.manifest import CodedWeight, Manifest, Slot, StoredModule
 from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.run.interface import first_line
 from lora_deploy.verify.reference import apply_live, load_twin, put_parameters
 
-__all__ = ["DeployedWeights", "flat_initializer", "load_deployed_twin", "split_modules", "take_update_out"]
+__all__ = [
+    "DeployedWeights",
+    "check_stored",
+    "flat_initializer",
+    "load_deployed_twin",
+    "split_modules",
+    "take_update_out",
+]
 
 
 class DeployedWeights:
@@ -55,9 +64,19 @@ class DeployedWeights:
             module.name: weight for weight in self.manifest.coded if not weight.exact for module in weight.modules
         }
         self.modules = tuple(self._coded)
+        check_stored(self.model, self.manifest, file)
         self.corrections: dict[str, LoraUpdate] = {}
         for slot in self.manifest.correction:
-            self.corrections |= self._read_correction(slot)
+            try:
+                self.corrections |= self._read_correction(slot)
+            except (ArithmeticError, AssertionError, LookupError, NameError, RuntimeError, StopIteration) as error:
+                raise CheckpointError(
+                    "the correction in the export is not what the model says of it",
+                    file=file,
+                    tensor=slot.name,
+                    found=first_line(error),
+                    remedy="export again",
+                ) from error
 
     @property
     def differs(self) -> bool:
@@ -121,10 +140,40 @@ class DeployedWeights:
         return ranks
 
 
+def check_stored(model: ir.Model, manifest: Manifest, file: Path) -> None:
+    """Make sure that codes and scales are as many as the model says of itself.
+
+    Args:
+        model: The graph.
+        manifest: What it says.
+        file: The graph's, for messages.
+
+    Raises:
+        CheckpointError: A tensor is missing or has another size.
+    """
+    for weight in manifest.coded:
+        for name, shape in zip((weight.codes, weight.scales), initializer_shapes(weight), strict=True):
+            value = model.graph.initializers.get(name)
+            found = value.const_value.size if value is not None and value.const_value is not None else None
+            if found != math.prod(shape):
+                raise CheckpointError(
+                    "the codes in the graph are not those that the model says it has",
+                    file=file,
+                    tensor=name,
+                    found="none" if found is None else f"{found:,} values",
+                    expected=f"{math.prod(shape):,}",
+                    remedy="export again",
+                )
+
+
 def flat_initializer(model: ir.Model, name: str) -> torch.Tensor:
     """The values of an initializer, flat, in their own type."""
-    tensor = model.graph.initializers[name].const_value
-    assert tensor is not None
+    value = model.graph.initializers.get(name)
+    tensor = value.const_value if value is not None else None
+    if tensor is None:
+        raise CheckpointError(
+            "the graph lacks a tensor that it says it has", file="model.onnx", tensor=name, remedy="export again"
+        )
     array = tensor.numpy().reshape(-1)
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lora_deploy.adapter import LoraAdapter
 from lora_deploy.adapter.packing import deployed_adapter
+from lora_deploy.entries import recorded_calibration
 from lora_deploy.export.merge import MergedParameters
 from lora_deploy.layers.model import adapted_layers
 from lora_deploy.manifest import read_metadata
@@ -53,7 +53,7 @@ def held_out_texts(
     """
     if base.task != "causal-lm":
         return []
-    taken: dict[str, int] = json.loads(read_metadata(directory).get("lora_deploy.calibration", "{}"))
+    taken = recorded_calibration(read_metadata(directory), directory / "model.onnx")
     known = [file for file in training_data if file is not None and Path(file).is_file()]
     return pick_text(
         base,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lora_deploy.adapter import LoraAdapter, adapter_of, read_adapter
+from lora_deploy.entries import recorded_adapters, recorded_text
 from lora_deploy.errors import InputError
 from lora_deploy.export.merge import drop_copies, hash_adapter
 from lora_deploy.export.module import Examples, name_inputs, name_outputs
@@ -59,9 +59,9 @@ def verify_module(
         ParityError: The codes in the export are not the module's.
     """
     directory = Path(directory)
-    entries = read_provenance(directory)
+    entries, graph = read_provenance(directory), directory / "model.onnx"
     base = ModuleBase(module, name_inputs(module, example_inputs))
-    expect_same(base.sha256(), entries["lora_deploy.base_sha256"], "module", base.directory, "module")
+    expect_same(base.sha256(), recorded_text(entries, "base_sha256", graph), "module", base.directory, "module")
     if adapter is None:
         read = {"default": adapter_of(module)} if adapted_layers(module) else {}
     elif isinstance(adapter, Mapping):
@@ -69,7 +69,7 @@ def verify_module(
     else:
         read = {Path(adapter).resolve().name: read_adapter(adapter)}
     adapters = {name: drop_copies(lora, base) for name, lora in read.items()}
-    recorded = json.loads(entries.get("lora_deploy.adapters", "{}"))
+    recorded = recorded_adapters(entries, graph)
     if set(recorded) != set(adapters):
         raise InputError(
             "these are not the adapters that the export was made from",

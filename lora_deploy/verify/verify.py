@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
+from lora_deploy.entries import recorded_adapters, recorded_base, recorded_files, recorded_scheme, recorded_text
 from lora_deploy.errors import CheckpointError, InputError, UsageError
 from lora_deploy.export.merge import drop_copies, hash_adapter, open_base
-from lora_deploy.integrity import MODEL_NAME, base_key, check_files, hash_file, recorded_files
+from lora_deploy.integrity import MODEL_NAME, base_key, check_files, hash_file
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest
-from lora_deploy.places import find_place
-from lora_deploy.quantization import QuantizationScheme
+from lora_deploy.places import find_place, remember_place
 from lora_deploy.run.adapter_files import read_onnx_adapter
 from lora_deploy.run.adapter_seal import check_sealed
 from lora_deploy.run.adapters import find_adapters
@@ -69,27 +68,29 @@ def verify(
             found=directory,
             remedy="call lora_deploy.verify_module(directory, module, adapter, example_inputs=...)",
         )
-    base_model = model if model is not None else _find_base(entries)
-    scheme = QuantizationScheme.model_validate_json(entries["lora_deploy.quantization"])
+    graph = directory / MODEL_NAME
+    scheme = recorded_scheme(recorded_text(entries, "quantization", graph), graph)
     read = _read_adapters(directory, entries, adapter)
+    base_model = model if model is not None else _find_base(directory, entries)
     with _naming("--model"):
         base = open_base(base_model, scheme, read.values())
-    expect_same(base.sha256(), entries["lora_deploy.base_sha256"], "base", base.directory, "--model")
+    expect_same(base.sha256(), recorded_text(entries, "base_sha256", graph), "base", base.directory, "--model")
     adapters = {name: drop_copies(lora, base) for name, lora in read.items()}
     _expect_adapters({name: adapters[name] for name in adapters.keys() - _converted_later(directory, entries)}, entries)
+    _remember(base.directory, adapters, entries)
     records = [TrainingRecord.load(lora.source) for lora in adapters.values()]
     report = check_parity(
         directory,
         base,
         adapters,
-        provider=provider or entries["lora_deploy.provider"],
+        provider=provider or recorded_text(entries, "provider", graph),
         weights=weights,
         data=data,
         training_data=[record.data for record in records if record is not None],
         max_kl=max_kl,
         on_progress=on_progress,
     )
-    recorded = set(json.loads(entries.get("lora_deploy.adapters", "{}")))
+    recorded = set(recorded_adapters(entries, graph))
     converted = set(find_adapters(directory)) if "lora_deploy.slots" in entries else set()
     unchecked = sorted((recorded | converted) - set(adapters))
     if unchecked:
@@ -105,7 +106,7 @@ def _read_adapters(
     given: str | Path | Sequence[str] | Mapping[str, str | Path] | None,
 ) -> dict[str, LoraAdapter]:
     """The adapters to check: those that the export names, where they are now, and those that were added later."""
-    recorded: dict[str, dict[str, str]] = json.loads(entries.get("lora_deploy.adapters", "{}"))
+    recorded = recorded_adapters(entries, directory / "model.onnx")
     manifest = Manifest.read(entries, directory / "model.onnx")
     files = find_adapters(directory) if manifest.branch == "hot-swap" else {}
     known, replaced = set(recorded) | set(files), _converted_later(directory, entries)
@@ -142,16 +143,25 @@ def _read_adapters(
     return adapters
 
 
-def _find_base(entries: Mapping[str, str]) -> str | Path:
+def _find_base(directory: Path, entries: Mapping[str, str]) -> str | Path:
     """Where the base is: on the hub, or where it was when it was last exported here."""
-    place = find_place(base_key(entries)) or entries.get("lora_deploy.base_model")
+    graph = directory / MODEL_NAME
+    sha256 = recorded_text(entries, "base_sha256", graph)
+    place = find_place(base_key(entries)) or recorded_base(entries, graph)
     if place is None:
         raise UsageError(
             "it is not known where the base of this export is",
-            expected=f"the base with sha256 {entries['lora_deploy.base_sha256'][:16]}…",
+            expected=f"the base with sha256 {sha256[:16]}…",
             remedy="name its directory with --model",
         )
     return place
+
+
+def _remember(base: Path, adapters: Mapping[str, LoraAdapter], entries: Mapping[str, str]) -> None:
+    """What was named, and is what the export was made from, is found the next time."""
+    remember_place(base_key(entries), base)
+    for lora in adapters.values():
+        remember_place(hash_adapter(lora), lora.source)
 
 
 def _find_adapter(name: str, recorded: Mapping[str, Mapping[str, str]]) -> Path:
@@ -168,7 +178,7 @@ def _find_adapter(name: str, recorded: Mapping[str, Mapping[str, str]]) -> Path:
 
 def _expect_adapters(adapters: Mapping[str, LoraAdapter], entries: Mapping[str, str]) -> None:
     """Those that the export was made from must be what they were."""
-    recorded: dict[str, dict[str, str]] = json.loads(entries.get("lora_deploy.adapters", "{}"))
+    recorded = recorded_adapters(entries, "model.onnx")
     for name in recorded.keys() & adapters.keys():
         found = hash_adapter(adapters[name])
         expect_same(found, recorded[name]["sha256"], "adapter", adapters[name].source, "--adapter")

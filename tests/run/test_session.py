@@ -122,7 +122,8 @@ def test_a_model_that_cannot_be_opened_is_named(kind: str, talking: Path) -> Non
     elif kind == "garbage":
         file.write_bytes(b"\xff" * 64)
     else:
-        next(talking.glob("*.data")).unlink()
+        file = next(talking.glob("*.data"))
+        file.unlink()
     with pytest.raises(CheckpointError) as caught:
         OnnxSession(talking)
     assert caught.value.details["file"] == str(file)

@@ -99,12 +99,20 @@ def test_only_the_adapters_that_are_named_are_checked(asked: list[str], made: Ma
     assert names == ["no adapter", *asked]
 
 
-def test_an_adapter_that_has_moved_is_named_with_the_option_that_helps(made: Made, command: Command) -> None:
+def test_an_adapter_that_has_moved_is_named_with_the_option_that_helps(
+    made: Made, branch_export: BranchFactory, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     new = made.adapters["two"].rename(made.output.parent / "moved")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(made.output.parent / "another machine"))
+    one, base = made.adapters["one"], branch_export("llama", "nf4", adapters=ADAPTERS).base_dir
     ended = command("verify", made.output, "--quiet")
-    assert_one_message(ended, 2, "not known where the adapter", "two", "--adapter two=DIR")
-    assert command("verify", made.output, "--quiet", "--adapter", f"two={new}").code == 0
-    assert verify(made.output, adapter={"two": new}).passed
+    assert_one_message(ended, 2, "not known where the adapter", "one", "--adapter one=DIR")
+    both = {"one": one, "two": new}
+    with pytest.raises(UsageError, match="not known where the base") as caught:
+        verify(made.output, adapter=both)
+    assert "--model" in caught.value.details["remedy"]
+    assert verify(made.output, model=base, adapter=both).passed
+    assert command("verify", made.output, "--quiet").code == 0  # what was named is known now
 
 
 def test_another_adapter_than_the_recorded_one_is_refused(made: Made, command: Command) -> None:

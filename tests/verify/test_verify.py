@@ -121,11 +121,17 @@ def test_a_graph_that_computes_something_else_fails_although_its_weights_are_who
 
 
 @pytest.mark.parametrize("what", ["model", "adapter"])
-def test_what_has_moved_is_named_with_the_option_that_helps(what: str, made: Made, command: Command) -> None:
-    old = made.base if what == "model" else made.adapter
-    new = old.rename(old.with_name("moved"))
-    assert_one_message(command("verify", made.output, "--quiet"), 2, "not known where", "sha256", f"--{what}")
-    assert command("verify", made.output, "--quiet", f"--{what}", new).code == 0
+def test_what_has_moved_is_named_with_the_option_that_helps(
+    what: str, made: Made, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {"model": made.base, "adapter": made.adapter}
+    places[what] = places[what].rename(made.base.with_name("moved"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(made.output.parent / "another machine"))
+    named = [text for name, place in places.items() if name != what for text in (f"--{name}", place)]
+    ended = command("verify", made.output, "--quiet", *named)
+    assert_one_message(ended, 2, "not known where", "sha256", f"--{what}")
+    assert command("verify", made.output, "--quiet", *named, f"--{what}", places[what]).code == 0
+    assert command("verify", made.output, "--quiet").code == 0  # what was named is known now
 
 
 def test_another_base_of_the_same_shapes_is_refused(

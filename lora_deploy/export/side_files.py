@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import OutputError
 from lora_deploy.export.plan import ExportPlan
 from lora_deploy.export.writer import TOKENIZER_FILES
+from lora_deploy.inputs.json_files import read_json
 
 __all__ = ["write_side_files"]
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import CheckpointError
+from lora_deploy.inputs.json_files import read_json
 from lora_deploy.planning.kinds import MatrixKind, find_kinds
 from lora_deploy.quantization.model import head_modules, linear_modules
 from lora_deploy.quantization.scheme import QuantizationScheme

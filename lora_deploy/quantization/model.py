@@ -11,8 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_deploy.checkpoint import read_json, resolve_model
+from lora_deploy.checkpoint import resolve_model
 from lora_deploy.errors import CheckpointError
+from lora_deploy.inputs.json_files import read_json
 from lora_deploy.quantization.quantize import expand_absmax
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, Int8Weight, QuantizedWeight

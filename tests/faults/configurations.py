@@ -12,6 +12,7 @@ from typing import Any
 
 from lora_deploy.errors import LoraDeployError
 from lora_deploy.export.plan import plan_export
+from lora_deploy.quantization.base import TrainingBase
 
 __all__ = ["ABSURD", "REFUSED", "Change", "changed", "changes", "plan_each"]
 
@@ -43,13 +44,13 @@ def changed(config: dict[str, Any], change: Change) -> dict[str, Any]:
     return copy
 
 
-def plan_each(directory: Path, asked: list[Change], **options: Any) -> list[str]:
+def plan_each(directory: Path, asked: list[Change], *, whole: bool = True) -> list[str]:
     """Plan an export of each changed configuration, in a process of its own whose memory is limited.
 
     Args:
         directory: Of the model; its configuration is written anew for each.
         asked: What is changed.
-        **options: As `plan_export` takes them.
+        whole: Make the graph too. What is traced takes seconds each.
 
     Returns:
         For each: "planned", "refused", or what else was raised or used.
@@ -59,7 +60,7 @@ def plan_each(directory: Path, asked: list[Change], **options: Any) -> list[str]
     if child == 0:
         status = 1
         try:
-            _plan_all(directory, asked, options, writing)
+            _plan_all(directory, asked, whole, writing)
             status = 0
         finally:
             os._exit(status)
@@ -72,7 +73,7 @@ def plan_each(directory: Path, asked: list[Change], **options: Any) -> list[str]
     return found + ["not tried"] * (len(asked) - len(found))
 
 
-def _plan_all(directory: Path, asked: list[Change], options: dict[str, Any], writing: int) -> None:
+def _plan_all(directory: Path, asked: list[Change], whole: bool, writing: int) -> None:
     config = json.loads((directory / "config.json").read_text())
     pages = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (pages + _ROOM, pages + _ROOM))
@@ -80,7 +81,10 @@ def _plan_all(directory: Path, asked: list[Change], options: dict[str, Any], wri
     for change in asked:
         (directory / "config.json").write_text(json.dumps(changed(config, change)))
         try:
-            plan_export(directory, None, directory.parent / "output", quantization="none", **options)
+            if whole:
+                plan_export(directory, None, directory.parent / "output", quantization="auto")
+            else:
+                TrainingBase(directory)
             found = "planned"
         except LoraDeployError as error:
             found = REFUSED if error.exit_code == 3 else f"exit code {error.exit_code}"

@@ -29,8 +29,20 @@ _VALUES = st.recursive(
     max_leaves=6,
 )
 _MODEL_KEYS = st.sampled_from(
-    ["model_type", "architectures", "hidden_size", "num_hidden_layers", "max_position_embeddings", "head_dim"]
-    + ["num_attention_heads", "quantization_config", "num_labels", "rope_parameters", "text_config", "vocab_size"]
+    [
+        "architectures",
+        "head_dim",
+        "hidden_size",
+        "max_position_embeddings",
+        "model_type",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_labels",
+        "quantization_config",
+        "rope_parameters",
+        "text_config",
+        "vocab_size",
+    ]
 )
 
 

@@ -17,6 +17,7 @@ from lora_deploy.cli_plan import plan
 from lora_deploy.cli_recipes import recipes_app
 from lora_deploy.cli_run import run
 from lora_deploy.errors import LoraDeployError
+from lora_deploy.inputs import check_inputs
 from lora_deploy.terminal import make_console, print_json, show_progress
 
 app = typer.Typer(
@@ -119,6 +120,7 @@ def train(
 ) -> None:
     """Train an adapter over a quantized base. Ctrl-C saves; --resume goes on bit for bit."""
     values = dict(locals())
+    check_inputs(model)
     from lora_deploy.config import LoraConfig
     from lora_deploy.train import TrainOptions, train_adapter
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lora_deploy.inputs import check_inputs
 from lora_deploy.terminal import make_console, print_json
 
 __all__ = ["Json", "Quiet", "adapter_app"]
@@ -27,6 +28,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Make an adapter available in an export that is there, without rebuilding it."""
+    check_inputs(adapters=[adapter])
     from lora_deploy.export.onnx_adapter import convert_adapter
 
     file = convert_adapter(adapter, directory, name, overwrite=overwrite)
@@ -43,6 +45,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what an adapter changes: targets, ranks, norms, size."""
+    if adapter.is_dir():
+        check_inputs(adapters=[adapter])
     from lora_deploy.export.inspect import describe_adapter
 
     description = describe_adapter(adapter)

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from lora_deploy.errors import UsageError
+from lora_deploy.inputs import check_inputs
 from lora_deploy.terminal import make_console, print_json, show_progress
 
 __all__ = ["export_comparison"]
@@ -57,6 +58,7 @@ def export_comparison(context: typer.Context, adapters: Mapping[str, str | Path]
             "a comparison is of one adapter", found=", ".join(adapters) or "none", remedy="give one --adapter"
         )
     asked = context.params
+    check_inputs(asked["model"], adapters.values())
     console = make_console(asked["quiet"], asked["as_json"])
     with show_progress(console) as on_progress:
         from lora_deploy.compare import compare_precisions

@@ -12,6 +12,7 @@ from lora_deploy.cli_compare import export_comparison
 from lora_deploy.cli_recipes import RecipeOption, decide_mode
 from lora_deploy.cli_run import HowWeights
 from lora_deploy.errors import UsageError
+from lora_deploy.inputs import check_inputs
 from lora_deploy.terminal import make_console, print_json, print_report, show_progress
 
 if TYPE_CHECKING:
@@ -160,13 +161,15 @@ def export(
             "--keep, --budget-bits, --correction and --calibration go with --merge --precision int8 or int4",
             remedy="add them, or leave these out",
         )
+    adapters = _named(adapter or [])
+    check_inputs(model, adapters.values())
     console = make_console(quiet, as_json)
     with show_progress(console) as on_progress:
         from lora_deploy.export import export_onnx
 
         result = export_onnx(
             model,
-            _named(adapter or []),
+            adapters,
             output=output,
             merge=merge,
             branch=None if merge else "fixed" if fixed else "pooled" if pool else "hot-swap",
@@ -259,6 +262,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare an export with the model that was trained, anew."""
+    check_inputs(model)
     console = make_console(quiet, as_json)
     with show_progress(console) as on_progress:
         from lora_deploy.verify import verify as check

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lora_deploy.errors import ConfigError
+from lora_deploy.inputs.json_files import parse_json
 
 __all__ = ["CONFIG_NAME", "LoraConfig", "pattern_matches"]
 
@@ -39,6 +40,7 @@ _CARRIED = (
     "task_type",
 )
 
+_LARGEST = 1e30  # of ranks and alphas: what float32 holds, with room for their quotient
 _Token = Annotated[int, Field(ge=0)]
 # How A and B began does not matter once they are trained, as long as the base stayed as it was.
 _INITS_OF_A_AND_B = ("gaussian", "orthogonal", "eva", "mica")
@@ -186,8 +188,16 @@ class LoraConfig(BaseModel):
         for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError, RecursionError) as error:
                 raise ValueError(f"a regular expression: {error}") from error
+        return value
+
+    @field_validator("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    @classmethod
+    def _bound_numbers(cls, value: Any) -> Any:
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if abs(number) > _LARGEST:
+                raise ValueError(f"at most {_LARGEST:g}")
         return value
 
     @field_validator("trainable_token_indices")
@@ -226,15 +236,17 @@ class LoraConfig(BaseModel):
         if file.is_dir():
             file = file / CONFIG_NAME
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = parse_json(file, ConfigError)
         except FileNotFoundError:
             raise ConfigError(
                 "the adapter has no configuration",
                 file=file,
                 expected=f"a directory with {CONFIG_NAME} and adapter_model.safetensors",
             ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError("the adapter's configuration cannot be read", file=file, found=str(error)) from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                "the adapter's configuration cannot be read", file=file, found=str(error)[:200]
+            ) from error
         if not isinstance(values, dict):
             raise ConfigError("the adapter's configuration is no JSON object", file=file, found=type(values).__name__)
         try:

@@ -19,10 +19,9 @@ from lora_deploy.adapter.keys import plain_names
 from lora_deploy.adapter.stored import TOKENS, Part, Stored, make_table, make_update, tokens_of
 from lora_deploy.config import CONFIG_NAME, LoraConfig
 from lora_deploy.errors import AdapterError, OutputError
+from lora_deploy.inputs.adapter import WEIGHTS_NAME, open_adapter
 
 __all__ = ["WEIGHTS_NAME", "read_adapter", "write_adapter"]
-
-WEIGHTS_NAME = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 _LORA_KEY = re.compile(
@@ -47,23 +46,7 @@ def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
         AdapterError: The weights are missing, damaged, pickled, not finite, or hold something that is not understood.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise AdapterError(
-            "the adapter is not a directory",
-            file=directory,
-            expected=f"a directory with {CONFIG_NAME} and {WEIGHTS_NAME}",
-        )
-    _check_place(directory)
-    file = directory / WEIGHTS_NAME
-    pickle = directory / "adapter_model.bin"
-    if pickle.exists() and not file.exists():
-        raise AdapterError(
-            "the adapter is a pickle, which can run code when it is read",
-            file=pickle,
-            expected=WEIGHTS_NAME,
-            remedy="load it with PEFT where you trust it, and save it again with save_pretrained()",
-        )
-    config = LoraConfig.load(directory)
+    config, file, _ = open_adapter(directory)
     parts: dict[str, dict[str, Part]] = {}
     parameters: dict[str, torch.Tensor] = {}
     for key, name, tensor in _read_tensors(file):
@@ -93,19 +76,6 @@ def read_adapter(directory: str | Path, *, lazy: bool = False) -> LoraAdapter:
     return LoraAdapter(config, updates, parameters, str(directory), changes)
 
 
-def _check_place(directory: Path) -> None:
-    """PEFT saves an adapter that is not named "default" in a folder of its name; which one is meant is not guessed."""
-    inside = sorted(file.parent.name for file in directory.glob(f"*/{CONFIG_NAME}"))
-    if inside and not (directory / CONFIG_NAME).exists():
-        raise AdapterError(
-            "the directory holds adapters in folders of their names, and is none itself",
-            file=directory,
-            found=", ".join(inside),
-            expected=f"a directory with {CONFIG_NAME} and {WEIGHTS_NAME}",
-            remedy=f"give the folder of the adapter: {directory / inside[0]}",
-        )
-
-
 def _read_tensors(file: Path) -> Iterator[tuple[str, str, torch.Tensor]]:
     """Each tensor with its key and with what the key names in the model."""
     try:
@@ -122,8 +92,6 @@ def _read_tensors(file: Path) -> Iterator[tuple[str, str, torch.Tensor]]:
                         remedy="the training diverged: lower the learning rate, or take an earlier checkpoint",
                     )
                 yield key, name, tensor
-    except FileNotFoundError:
-        raise AdapterError("the adapter has no weights", file=file) from None
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             "the adapter's weights are truncated or damaged",

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from lora_deploy.errors import AdapterError, OutputError
+from lora_deploy.inputs.json_files import parse_json
 from lora_deploy.quantization.scheme import QuantizationScheme
 
 __all__ = ["RECORD_NAME", "TrainingRecord"]
@@ -45,14 +46,14 @@ class TrainingRecord(BaseModel):
         """
         file = Path(directory) / RECORD_NAME
         try:
-            return cls(**json.loads(file.read_text(encoding="utf-8")))
+            return cls(**parse_json(file, AdapterError))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, ValidationError) as error:
             raise AdapterError(
                 "the record of the training base cannot be read",
                 file=file,
-                found=str(error).splitlines()[0],
+                found=str(error).splitlines()[0][:200],
                 remedy="remove the file and name the base's quantization with --quantization",
             ) from error
 

@@ -134,7 +134,7 @@ def _answer_with_twin(base: TrainingBase, adapter: Path | None, prompts: list[st
     """Greedy answers of the dequantized twin, in PyTorch."""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(base.directory)
+    tokenizer: Any = AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
     model: Any = load_twin(base)
     if adapter is not None:
         apply_adapter(model, read_adapter(adapter)).eval()

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from lora_deploy.errors import CheckpointError, UsageError
 
@@ -72,14 +73,15 @@ def _convert(gguf_file: Path, directory: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils.quantization_config import GgufConfig
 
-    options = {"gguf_file": gguf_file.name}
+    options: dict[str, Any] = {"gguf_file": gguf_file.name}
     with contextlib.redirect_stderr(io.StringIO()):  # transformers draws bars of its own
         model = AutoModelForCausalLM.from_pretrained(
             gguf_file.parent,
             dtype=torch.bfloat16,
+            trust_remote_code=False,
             quantization_config=GgufConfig(gguf_file=gguf_file.name, dequantize=True),
             **options,
         )
         model.config.rms_norm_eps = 1e-5  # the file has it as a float32
         model.save_pretrained(directory)
-        AutoTokenizer.from_pretrained(gguf_file.parent, **options).save_pretrained(directory)
+        AutoTokenizer.from_pretrained(gguf_file.parent, trust_remote_code=False, **options).save_pretrained(directory)

@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lora_deploy.checkpoint import read_json
-from lora_deploy.errors import OutputError
+from lora_deploy.errors import CheckpointError, OutputError
 from lora_deploy.export.plan import ExportPlan
+from lora_deploy.inputs.json_files import read_json
+from lora_deploy.inputs.links import check_place
 from lora_deploy.integrity import TOKENIZER_FILES
 
 __all__ = ["write_side_files"]
@@ -32,6 +33,7 @@ def write_side_files(plan: ExportPlan, staging: Path) -> None:
         for name in ("generation_config.json", *TOKENIZER_FILES):
             source = plan.base.directory / name
             if source.is_file():
+                check_place(source, CheckpointError)
                 shutil.copyfile(source, staging / name)
     except OSError as error:
         raise OutputError("the export could not be written", file=staging, found=str(error)) from error

@@ -85,7 +85,7 @@ def unfilled_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     config.use_cache = False
     with no_init_weights():
         model: PreTrainedModel = auto_class(find_task(config.architectures)).from_config(
-            config, attn_implementation="eager", dtype=dtype
+            config, attn_implementation="eager", dtype=dtype, trust_remote_code=False
         )
     model.train(False)
     return model

@@ -126,7 +126,7 @@ def _unfilled_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedM
     """The model with memory that is never touched for its parameters, and with its real constants."""
     with no_init_weights():
         model: PreTrainedModel = auto_class("causal-lm").from_config(
-            copy.deepcopy(config), attn_implementation="eager", dtype=dtype
+            copy.deepcopy(config), attn_implementation="eager", dtype=dtype, trust_remote_code=False
         )
     model.tie_weights()
     return model.train(False)  # type: ignore[no-any-return]

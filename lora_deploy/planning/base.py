@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import CheckpointError
+from lora_deploy.inputs.configuration import check_configuration
+from lora_deploy.inputs.json_files import read_json
 from lora_deploy.planning.kinds import MatrixKind, find_kinds
 from lora_deploy.quantization.model import head_modules, linear_modules
 from lora_deploy.quantization.scheme import QuantizationScheme
@@ -138,11 +139,15 @@ def _read_config(model: str) -> PreTrainedConfig:
     except OSError:  # a name that is too long for the file system
         is_directory = False
     if is_directory:
-        read_json(directory / "config.json")
+        check_configuration(read_json(directory / "config.json"), directory / "config.json")
     elif directory.is_absolute() or model.startswith(".") or model.count("/") > 1 or directory.exists():
         raise CheckpointError("the model is not a directory", file=model, expected="a directory with config.json")
     try:
-        config: Any = AutoConfig.from_pretrained(model)
+        if not is_directory:
+            check_configuration(PreTrainedConfig.get_config_dict(model)[0], Path(model))
+        config: Any = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except CheckpointError:
+        raise
     except Exception as error:  # as above, and the hub's
         raise _bad_configuration(model, error) from error
     return config  # type: ignore[no-any-return]

@@ -54,7 +54,9 @@ def trace_step(
         compute_dtype: Of the base; the adapter is float32.
     """
     with FakeTensorMode():
-        model = auto_class("causal-lm").from_config(_without_padding(config), dtype=compute_dtype)
+        model = auto_class("causal-lm").from_config(
+            _without_padding(config), dtype=compute_dtype, trust_remote_code=False
+        )
         get_lora_model(model, LoraConfig(r=rank, target_modules=targets))
         model.train()
         ids = torch.zeros(batch, length, dtype=torch.int64)
@@ -128,7 +130,7 @@ def find_sites(config: PreTrainedConfig, task: Task) -> list[tuple[str, ...]]:
         return hook
 
     with FakeTensorMode(), torch.no_grad():
-        model = auto_class(task).from_config(_without_padding(config))
+        model = auto_class(task).from_config(_without_padding(config), trust_remote_code=False)
         heads = head_modules(model)
         for name, module in model.named_modules():
             if is_linear(module) and name not in heads:

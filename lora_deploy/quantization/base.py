@@ -145,7 +145,7 @@ class TrainingBase:
 
     def _read_config(self) -> PreTrainedConfig:
         with self._as_bad_configuration():
-            config = AutoConfig.from_pretrained(self.directory)
+            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         return cast(PreTrainedConfig, config)

@@ -11,8 +11,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lora_deploy.checkpoint import read_json, resolve_model
+from lora_deploy.checkpoint import resolve_model
 from lora_deploy.errors import CheckpointError
+from lora_deploy.inputs.configuration import check_configuration
+from lora_deploy.inputs.json_files import read_json
 from lora_deploy.quantization.quantize import expand_absmax
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, Int8Weight, QuantizedWeight
@@ -239,6 +241,7 @@ def load_base_model(
     if isinstance(quantization, str):
         quantization = QuantizationScheme(method=quantization)  # type: ignore[arg-type]
     config = read_json(directory / "config.json")
+    check_configuration(config, directory / "config.json")
     stored = QuantizationScheme.from_model_config(config, directory / "config.json")
     if stored is not None and quantization is not None and quantization.method not in ("none", stored.method):
         raise CheckpointError(
@@ -249,7 +252,9 @@ def load_base_model(
         )
     options = {} if num_labels is None else {"num_labels": num_labels}
     task = task or find_task(config.get("architectures"))
-    loaded = auto_class(task).from_pretrained(directory, dtype="auto", **options)
+    loaded = auto_class(task).from_pretrained(
+        directory, dtype="auto", use_safetensors=True, trust_remote_code=False, **options
+    )
     if stored is None:
         quantize_model(loaded, quantization or QuantizationScheme(method="nf4"), device)
     for parameter in loaded.parameters():

@@ -35,7 +35,7 @@ class LinearLayer:
 def make_skeleton(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
     """The model of a configuration on the meta device, its weights tied as they will be."""
     with torch.device("meta"):
-        model: PreTrainedModel = auto_class(task).from_config(config)
+        model: PreTrainedModel = auto_class(task).from_config(config, trust_remote_code=False)
     model.tie_weights()
     return model
 

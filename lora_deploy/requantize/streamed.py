@@ -77,7 +77,10 @@ def run_streamed(
     """
     base = parameters.base
     with _parameters_on_meta():
-        model = cast(PreTrainedModel, auto_class(base.task).from_config(base.config, attn_implementation="sdpa"))
+        model = cast(
+            PreTrainedModel,
+            auto_class(base.task).from_config(base.config, attn_implementation="sdpa", trust_remote_code=False),
+        )
     model.train(False)
     passes = _Passes(parameters, len(batches), linear)
     for name, module in model.named_modules():

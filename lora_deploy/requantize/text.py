@@ -154,7 +154,7 @@ def rows_taken(texts: Sequence[Text]) -> dict[str, int]:
 
 def _tokenizer(base: TrainingBase) -> PreTrainedTokenizerBase | None:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.directory)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
         known = bool(tokenizer("A word.")["input_ids"])
     except Exception:  # what transformers raises for a missing or a damaged tokenizer has no common base
         return None

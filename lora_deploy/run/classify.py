@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import CheckpointError, UsageError
+from lora_deploy.inputs.json_files import read_json
 from lora_deploy.manifest import read_metadata
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.session import OnnxSession, Weights

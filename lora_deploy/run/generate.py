@@ -12,8 +12,8 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import UsageError
+from lora_deploy.inputs.json_files import read_json
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.classify import exported_task
 from lora_deploy.run.sampling import Sampling

@@ -19,11 +19,11 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # what transformers and tokenizers raise has no common base
         raise CheckpointError(
             "the export has no tokenizer that can be read",
             file=directory,
-            found=str(error).splitlines()[0],
+            found=f"{type(error).__name__}: {error}".splitlines()[0][:200],
             remedy="export again from a base that has its tokenizer files",
         ) from error

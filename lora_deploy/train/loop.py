@@ -146,12 +146,12 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         CheckpointError: It cannot be read.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # what transformers and tokenizers raise has no common base
         raise CheckpointError(
             "the base's tokenizer cannot be read",
             file=directory,
-            found=str(error).splitlines()[0] if str(error) else type(error).__name__,
+            found=f"{type(error).__name__}: {error}".splitlines()[0][:200],
             expected="tokenizer.json and tokenizer_config.json",
             remedy="copy the tokenizer's files beside the model",
         ) from error

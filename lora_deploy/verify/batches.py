@@ -94,7 +94,7 @@ def _token_rows(base: TrainingBase, room: int) -> list[torch.Tensor]:
     """Four rows of different lengths and a long one; random tokens where the base has no tokenizer that can be read."""
     short, long = min(_SHORT, room), min(_LONG, room)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base.directory)
+        tokenizer = AutoTokenizer.from_pretrained(base.directory, trust_remote_code=False)
         rows = [tokenizer(text)["input_ids"][:short] for text in _TEXTS]
     except Exception:  # what transformers raises for a missing or a damaged tokenizer has no common base
         rows = []

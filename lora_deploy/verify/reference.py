@@ -35,7 +35,12 @@ def load_twin(base: TrainingBase) -> PreTrainedModel:
     # A head that the checkpoint lacks is said to need training; the adapter's takes its place.
     with quiet("transformers"):
         model = auto_class(base.task).from_pretrained(
-            base.directory, dtype="auto", attn_implementation="eager", **_labels(base)
+            base.directory,
+            dtype="auto",
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+            **_labels(base),
         )
     for name, module in [(name, module) for name, module in model.named_modules() if is_linear(module)]:
         weight = quantized_weight(module)

@@ -15,6 +15,7 @@ from tests.conftest import CheckpointFactory
 from tests.export.conftest import adapter_dir, branch_export, tiny_export
 from tests.faults.forks import Faulty, build_shim, start_server
 from tests.faults.scenes import SceneFactory, make_scenes
+from tests.faults.training import Training
 from tests.train.conftest import tiny_base
 
 __all__ = ["Place", "adapter_dir", "branch_export", "command", "place", "tiny_base", "tiny_export"]
@@ -73,3 +74,16 @@ def otherwise_hashed(shim: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 def scene(tiny_base: Callable[..., str], faulty: Faulty, tmp_path_factory: pytest.TempPathFactory) -> SceneFactory:
     """`scene(kind, new=False)`: an export to break off, over an older one unless it is new."""
     return make_scenes(Path(tiny_base()), faulty, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def short_training(tiny_base: Callable[..., str], faulty: Faulty, tmp_path_factory: pytest.TempPathFactory) -> Training:
+    """A training run to break off; made once."""
+    return Training(Path(tiny_base()), tmp_path_factory.mktemp("training"), faulty)
+
+
+@pytest.fixture
+def training(short_training: Training) -> Training:
+    """The same, as it is before it begins."""
+    short_training.reset()
+    return short_training

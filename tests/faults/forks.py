@@ -91,18 +91,27 @@ class Running:
         with suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
+    def _state(self) -> str:
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):
+            return "X"
+
     def wait_until_stopped(self) -> bool:
         """Wait for a fault of mode "stop"; False if the process ended before."""
         until = time.monotonic() + _TIMEOUT_S
-        while time.monotonic() < until:
-            try:
-                state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-            except (FileNotFoundError, ProcessLookupError):
-                return False
-            if state in "TZX":
-                return state == "T"
+        while (state := self._state()) not in "TZX":
+            if time.monotonic() > until:
+                raise TimeoutError
             time.sleep(0.002)
-        raise TimeoutError
+        return state == "T"
+
+    def wait_until_gone(self, seconds: float) -> bool:
+        """Wait for its end for a while; False if it still runs."""
+        until = time.monotonic() + seconds
+        while (state := self._state()) not in "ZX" and time.monotonic() < until:
+            time.sleep(0.002)
+        return state in "ZX"
 
     def wait(self) -> Ended:
         """Until it has ended."""

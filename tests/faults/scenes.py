@@ -14,7 +14,7 @@ import pytest
 from lora_deploy.adapter import write_adapter
 from tests.commands import tree
 from tests.conftest import random_adapter, tiny_model
-from tests.faults.forks import ANY, Ended, Fault, Faulty, Running
+from tests.faults.forks import ANY, Call, Ended, Fault, Faulty, Running
 
 __all__ = ["KINDS", "Scene", "SceneFactory", "assert_one_message_or_none", "make_scenes"]
 
@@ -57,17 +57,20 @@ class Scene:
         assert undisturbed.code == 0, undisturbed.err
         self.after, self.calls = tree(self.place), undisturbed.calls
 
-    def _export(self, adapters: list[Path], output: Path | None = None) -> list[object]:
-        asked: list[object] = ["export", "--model", self.base, "--output", output or self.output, *_WAYS[self.kind]]
+    def _export(self, adapters: list[Path]) -> list[object]:
+        asked: list[object] = ["export", "--model", self.base, "--output", self.output, *_WAYS[self.kind]]
         asked += ["--quantization", "nf4", "--no-verify", "--overwrite", "--quiet"]
         return asked + [part for adapter in adapters for part in ("--adapter", adapter)]
 
-    def command(self, output: Path | None = None) -> list[object]:
-        """The command line; `output` for another place."""
+    def command(self) -> list[object]:
+        """The command line."""
         if self.kind == "convert":
-            place = output or self.output
-            return ["adapter", "convert", self.adapters[1], "--export", place, "--overwrite", "--quiet"]
-        return self._export(self.adapters[1:2] if self.kind == "merge" else self.adapters[1:], output)
+            return ["adapter", "convert", self.adapters[1], "--export", self.output, "--overwrite", "--quiet"]
+        return self._export(self.adapters[1:2] if self.kind == "merge" else self.adapters[1:])
+
+    def another(self, method: str = "nf4") -> list[object]:
+        """An export of yet another adapter into the same output."""
+        return [*self._export(self.adapters[2:]), "--quantization", method]
 
     def reset(self) -> None:
         """Everything as it was before the command."""
@@ -76,9 +79,11 @@ class Scene:
         if not self.new:
             shutil.copytree(self._older, self.output)
 
-    def start(self, k: int = 0, mode: str = "once", error: int = 0, kinds: int = ANY) -> Running:
+    def start(
+        self, k: int = 0, mode: str = "once", error: int = 0, kinds: int = ANY, cwd: Path | None = None
+    ) -> Running:
         """Start the command with a fault in the place of the output."""
-        return self.faulty.start(*self.command(), arm=Fault(self.place, k, mode, error, kinds))
+        return self.faulty.start(*self.command(), arm=Fault(self.place, k, mode, error, kinds), cwd=cwd)
 
     def run(self, k: int = 0, mode: str = "once", error: int = 0, kinds: int = ANY) -> Ended:
         """The same, until it has ended."""
@@ -88,6 +93,11 @@ class Scene:
         """How many calls of some kinds an undisturbed command makes."""
         self.reset()
         return len(self.run(kinds=kinds).calls)
+
+    def touches(self, call: Call) -> bool:
+        """Whether a call changes the output itself, and not what stands beside it."""
+        output = str(self.output)
+        return any(path == output or path.startswith(output + "/") for path in (call.path, call.target))
 
     def state(self, leftovers: bool) -> str:
         """ "old" or "new" if the output is whole, else what it is a mixture of.

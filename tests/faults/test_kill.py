@@ -18,13 +18,8 @@ RANDOM_KILLS = 300
 
 def _commit_steps(scene: Scene) -> list[int]:
     """The calls from the first one that touches the output itself, and one past the end."""
-    inside = [number for number, call in enumerate(scene.calls, 1) if _touches(scene, call.path, call.target)]
+    inside = [number for number, call in enumerate(scene.calls, 1) if scene.touches(call)]
     return list(range(max(1, inside[0] - 1), len(scene.calls) + 2))
-
-
-def _touches(scene: Scene, *paths: str) -> bool:
-    output = str(scene.output)
-    return any(path == output or path.startswith(output + "/") for path in paths)
 
 
 def _kill_at(scene: Scene, k: int, tally: Tally) -> str | None:

@@ -31,7 +31,9 @@ def _alone(scene: Scene, *commands: list[object]) -> Tree:
 def _outcomes(scene: Scene, commands: list[list[object]]) -> dict[tuple[int, ...], list[Tree]]:
     """What may be there, by which of the commands came to their end; in any order."""
     both = [_alone(scene, *order) for order in itertools.permutations(commands)]
-    return {(0, 5): [_alone(scene, commands[0])], (5, 0): [_alone(scene, commands[1])], (0, 0): both}
+    first, second = ([_alone(scene, command)] for command in commands)
+    # 3 is what `adapter convert` answers where the export that it was for has been replaced meanwhile.
+    return {(0, 5): first, (0, 3): first, (5, 0): second, (3, 0): second, (0, 0): both}
 
 
 def _race(scene: Scene, commands: list[list[object]], stop_at: int, pause: float) -> list[Ended]:
@@ -56,7 +58,7 @@ def _judge(scene: Scene, ended: list[Ended], outcomes: dict[tuple[int, ...], lis
     trouble = ""
     try:
         for one in ended:
-            assert_one_message_or_none(one, 0, 5)
+            assert_one_message_or_none(one, 0, 3, 5)
     except AssertionError as error:
         survived, trouble = False, str(error)
     tally(KIND, survived)

@@ -186,6 +186,14 @@ def assert_same_weight(found: QuantizedWeight, expected: QuantizedWeight) -> Non
         assert torch.equal(ours, theirs)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where bases and adapters lie is noted in the cache of the tests, not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache", numbered=False)))
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
     """`checkpoint_dir(family, method="none", **options)`: what `save_tiny` wrote, once. Do not change it."""

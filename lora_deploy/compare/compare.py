@@ -17,9 +17,9 @@ from lora_deploy.compare.measure import KeptLogits, choose_texts, logits_of, mea
 from lora_deploy.compare.picture import PICTURE_NAME, can_draw, draw_comparison
 from lora_deploy.compare.report import REPORT_NAME, Comparison, Row
 from lora_deploy.errors import LoraDeployError, OutputError, UsageError
+from lora_deploy.export.commit import staging_directory
 from lora_deploy.export.export import export_onnx
 from lora_deploy.export.plan import ExportPlan, plan_export
-from lora_deploy.export.writer import staging_directory
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.text import Text
 from lora_deploy.run.session import OnnxSession, import_onnxruntime

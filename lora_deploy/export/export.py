@@ -18,11 +18,13 @@ from lora_deploy.adapter.packing import deployed_adapter
 from lora_deploy.errors import UsageError
 from lora_deploy.export.branch import add_slot_inputs, stream_branches
 from lora_deploy.export.coded import stream_codes
-from lora_deploy.export.merge import MergedParameters
+from lora_deploy.export.commit import commit, staging_directory
+from lora_deploy.export.merge import MergedParameters, hash_adapter
 from lora_deploy.export.module import Examples, plan_module
 from lora_deploy.export.module_base import ModuleBase
 from lora_deploy.export.onnx_adapter import write_onnx_adapter
 from lora_deploy.export.options import note_head
+from lora_deploy.export.output import check_output, check_space
 from lora_deploy.export.outputs import stream_output_changes
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.provenance import describe_rounding, describe_sources, make_manifest
@@ -32,8 +34,10 @@ from lora_deploy.export.side_files import write_side_files
 from lora_deploy.export.source import SourceChoice
 from lora_deploy.export.ties import note_ties
 from lora_deploy.export.weights import largest_first, stream_constants, stream_weights
-from lora_deploy.export.writer import commit, staging_directory, write_data, write_model
-from lora_deploy.manifest import BranchKind, Manifest
+from lora_deploy.export.writer import write_data, write_model
+from lora_deploy.integrity import FILES_ENTRY, base_key, hash_file
+from lora_deploy.manifest import BranchKind
+from lora_deploy.places import remember_place
 from lora_deploy.quantization.hashes import combine_hashes
 from lora_deploy.requantize.budget import spend_budget
 from lora_deploy.requantize.options import Requantization
@@ -170,24 +174,24 @@ def export_onnx(
         overwrite=overwrite,
     )
     plan = make_plan(requantization=requantization)
-    if plan.requantization is not None and plan.requantization.budget_bits is not None:
-        on_progress("choosing layers", 0, 1)
-        parameters = MergedParameters(plan.base, _merged(plan))
-        plan = make_plan(requantization=spend_budget(plan.requantization, parameters, _texts(plan)))
     with staging_directory(plan.output) as staging:
-        manifest, code_hashes = _write(plan, staging, on_progress)
-        if plan.branch == "hot-swap":
-            for name, lora in plan.adapters.items():
-                write_onnx_adapter(lora, manifest, staging, name)
+        check_output(plan.output, overwrite, [])  # somebody else may have written there meanwhile
+        check_space(staging, plan.expected_bytes * (1 if plan.requantization is None else 2))
+        if plan.requantization is not None and plan.requantization.budget_bits is not None:
+            on_progress("choosing layers", 0, 1)
+            parameters = MergedParameters(plan.base, _merged(plan))
+            plan = make_plan(requantization=spend_budget(plan.requantization, parameters, _texts(plan)))
+        code_hashes = _write(plan, staging, on_progress)
         warnings = _warnings(plan, combine_hashes(code_hashes))
         report = _prove(plan, staging, data, max_kl, on_progress) if verify else None
         commit(staging, plan.output)
+    _remember(plan)
     size = sum(file.stat().st_size for file in plan.output.rglob("*.onnx*"))
     return ExportResult(plan.output, size, report, warnings, plan.graph_source)
 
 
-def _write(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> tuple[Manifest, dict[str, str]]:
-    """Write graph and weights; returns what the graph says of itself, and the hash of each quantized weight read."""
+def _write(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> dict[str, str]:
+    """Write the whole export, the graph last; returns the hash of each quantized weight read."""
     written = 0
 
     def on_bytes(count: int) -> None:
@@ -209,13 +213,32 @@ def _write(plan: ExportPlan, staging: Path, on_progress: OnProgress) -> tuple[Ma
     entries = describe_sources(plan, sha256)
     if plan.lowered.parts:
         entries["lora_deploy.version"] = graph.producer_version
-        entries["lora_deploy.parts"] = json.dumps(write_parts(plan.lowered, manifest, entries, staging))
-    graph.metadata_props.update({**entries, **manifest.entries()})
+        write_parts(plan.lowered, manifest, entries, staging)
+    if plan.branch == "hot-swap":
+        for name, lora in plan.adapters.items():
+            write_onnx_adapter(lora, manifest, staging, name)
+    write_side_files(plan, staging)
+    graph.metadata_props.update({**entries, **manifest.entries(), FILES_ENTRY: _hash_files(staging, sha256)})
     if rounded is not None:
         graph.metadata_props.update(describe_rounding(plan, rounded))
     write_model(graph, staging)
-    write_side_files(plan, staging)
-    return manifest, parameters.code_hashes
+    return parameters.code_hashes
+
+
+def _hash_files(staging: Path, data_sha256: str) -> str:
+    """What the graph records of all other files."""
+    files = {path.relative_to(staging).as_posix(): path for path in staging.rglob("*") if path.is_file()}
+    known = {f"model-{data_sha256[:12]}.onnx.data": data_sha256}
+    return json.dumps({name: known.get(name) or hash_file(file) for name, file in sorted(files.items())})
+
+
+def _remember(plan: ExportPlan) -> None:
+    """Where base and adapters are, for `verify`."""
+    if plan.base.task != "module":
+        remember_place(base_key(plan.lowered.graph.model.metadata_props), plan.base.directory)
+    for lora in plan.adapters.values():
+        if lora.source:
+            remember_place(hash_adapter(lora), lora.source)
 
 
 def _merged(plan: ExportPlan) -> LoraAdapter | None:
@@ -240,6 +263,9 @@ def _round(plan: ExportPlan, parameters: MergedParameters, staging: Path, on_pro
     assert asked is not None
     rounded, texts = RoundedWeights(staging / ".rounded"), _texts(plan)
     rounded.taken = rows_taken(texts)
+    for text in texts:
+        if text.name == "task" and text.source:
+            remember_place(hash_file(Path(text.source)), text.source)
     scale_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[plan.compute_dtype]
 
     def on_layer(done: int, total: int) -> None:

@@ -29,12 +29,12 @@ from lora_deploy.export.options import (
     choose_accuracy_level,
     choose_types,
 )
+from lora_deploy.export.output import check_output
 from lora_deploy.export.outputs import OutputChanges
 from lora_deploy.export.plan import ONNX_DTYPES, ExportPlan
 from lora_deploy.export.source import SourceChoice
 from lora_deploy.export.ties import check_tables
 from lora_deploy.export.traced import DTYPES, finish_trace, trace_module
-from lora_deploy.export.writer import check_output
 from lora_deploy.layers.model import adapted_layers
 from lora_deploy.manifest import BranchKind, Slot
 

@@ -12,17 +12,19 @@ import torch
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
 from lora_deploy.adapter.packing import check_slots, pack_slots
 from lora_deploy.errors import AdapterError, OutputError, UsageError
+from lora_deploy.export.commit import locked, sync
 from lora_deploy.export.merge import drop_copies, open_base
+from lora_deploy.integrity import base_key
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, read_metadata
+from lora_deploy.places import find_place
 from lora_deploy.quantization import QuantizationScheme
+from lora_deploy.run.adapter_seal import UNSEALED_VERSION, seal_adapter
 from lora_deploy.run.session import host_ortvalue, import_onnxruntime, numpy_dtype
 
 __all__ = ["check_name", "convert_adapter", "write_onnx_adapter"]
 
 # As long as the name of a file can be, with what is put around it.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}")
-
-_FORMAT_VERSION = 1
 
 
 def check_name(name: str) -> None:
@@ -93,9 +95,12 @@ def convert_adapter(
             expected=quantization,
             remedy="export the base as it was trained on with --branch",
         )
-    if lora.parameters and Path(base_model := read_metadata(directory)["lora_deploy.base_model"]).is_dir():
-        lora = drop_copies(lora, open_base(base_model, quantization, [lora]))
-    return write_onnx_adapter(lora, manifest, directory, name)
+    if lora.parameters and (place := find_place(base_key(read_metadata(directory)))) is not None:
+        lora = drop_copies(lora, open_base(place, quantization, [lora]))
+    with locked(directory):
+        if Manifest.load(directory).fingerprint != manifest.fingerprint:
+            raise AdapterError("the export was replaced meanwhile", file=directory, remedy="convert again")
+        return write_onnx_adapter(lora, manifest, directory, name)
 
 
 def write_onnx_adapter(adapter: LoraAdapter, manifest: Manifest, directory: str | Path, name: str) -> Path:
@@ -123,7 +128,7 @@ def write_onnx_adapter(adapter: LoraAdapter, manifest: Manifest, directory: str 
     file = Path(directory) / ADAPTER_DIRECTORY / f"{name}{ADAPTER_SUFFIX}"
     partial = file.with_name(f".{file.name}.partial")
     container = onnxruntime.AdapterFormat()
-    container.set_adapter_version(_FORMAT_VERSION)
+    container.set_adapter_version(UNSEALED_VERSION)
     container.set_model_version(manifest.fingerprint)
     # Kept until the file is written: the container has no share in the memory of what it is given.
     parameters = {key: _to_ortvalue(values) for key, values in tensors}
@@ -131,7 +136,10 @@ def write_onnx_adapter(adapter: LoraAdapter, manifest: Manifest, directory: str 
     try:
         file.parent.mkdir(exist_ok=True)
         container.export_adapter(str(partial))
+        seal_adapter(partial)
+        sync(partial)
         partial.replace(file)
+        sync(file.parent)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)

@@ -32,12 +32,12 @@ from lora_deploy.export.options import (
     choose_types,
     training_scheme,
 )
+from lora_deploy.export.output import check_output
 from lora_deploy.export.prepare import prepare_graph
 from lora_deploy.export.requantized import RequantizedBase
 from lora_deploy.export.seq2seq import check_seq2seq
 from lora_deploy.export.source import SourceChoice, check_graph, choose_source
 from lora_deploy.export.ties import broken_ties, check_tables
-from lora_deploy.export.writer import check_output
 from lora_deploy.manifest import BranchKind
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.options import Grid, Requantization

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
+from lora_deploy.adapter import LoraAdapter
 from lora_deploy.export.branch import stream_branches
 from lora_deploy.export.merge import hash_adapter
 from lora_deploy.export.plan import ExportPlan
@@ -46,28 +49,35 @@ def make_manifest(plan: ExportPlan, hashes: Mapping[str, str]) -> Manifest:
 
 
 def describe_sources(plan: ExportPlan, data_sha256: str) -> dict[str, str]:
-    """What the model was made of, for `metadata_props`; no times, so that the same input gives the same bytes."""
+    """What the model was made of, for `metadata_props`; no times, no paths: the same input gives the same bytes.
+
+    A base from the hub has its name there; where a local one lies, `lora_deploy.places` remembers.
+    """
     sources = ("mobius-onnx",) if plan.graph_source.source == "mobius" else ("transformers",)
     entries = {
-        "lora_deploy.base_model": plan.model,
         "lora_deploy.provider": plan.provider,
         "lora_deploy.graph": plan.graph_source.source,
         "lora_deploy.data_sha256": data_sha256,
         "lora_deploy.versions": json.dumps({name: _version(name) for name in (*sources, "onnx-ir", "torch")}),
     }
+    if not Path(plan.model).is_dir():
+        entries["lora_deploy.base_model"] = plan.model
     if plan.lowered.graph.genai_config.get("search", {}).get("past_present_share_buffer"):
         entries["lora_deploy.cache"] = "in place"
     if plan.adapters:
         described = {
-            name: {
-                "source": adapter.source,
-                "sha256": hash_adapter(adapter),
-                "config": json.loads(adapter.config.to_json()),
-            }
+            name: {"sha256": hash_adapter(adapter), "config": _configuration(adapter)}
             for name, adapter in plan.adapters.items()
         }
         entries["lora_deploy.adapters"] = json.dumps(described, sort_keys=True)
     return entries
+
+
+def _configuration(adapter: LoraAdapter) -> dict[str, Any]:
+    """PEFT's, without the base's name: it is a path where the base was a directory."""
+    config: dict[str, Any] = json.loads(adapter.config.to_json())
+    config.pop("base_model_name_or_path", None)
+    return config
 
 
 def describe_rounding(plan: ExportPlan, rounded: RoundedWeights) -> dict[str, str]:

@@ -6,7 +6,6 @@ are wrong. So the graphs are traced.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,8 @@ from lora_deploy.export.graph import Graph, Segment, WeightSource, as_unsupporte
 from lora_deploy.export.lower import Lowered
 from lora_deploy.export.outputs import OutputChange
 from lora_deploy.export.traced import DTYPES, finish_trace, trace_module, unfilled_model
-from lora_deploy.export.writer import INLINE_BYTES, MODEL_NAME, write_model
+from lora_deploy.export.writer import INLINE_BYTES, write_model
+from lora_deploy.integrity import MODEL_NAME
 from lora_deploy.manifest import CodedWeight, Manifest, Slot
 from lora_deploy.task import Task
 
@@ -291,7 +291,7 @@ def _put(shelf: ir.Model, name: str, value: ir.Value) -> None:
         assert (there.dtype, there.shape) == (value.dtype, value.shape), name
 
 
-def write_parts(joint: Lowered, manifest: Manifest, metadata: Mapping[str, str], directory: Path) -> dict[str, str]:
+def write_parts(joint: Lowered, manifest: Manifest, metadata: Mapping[str, str], directory: Path) -> None:
     """Write each graph, after the weights have been written.
 
     Args:
@@ -299,11 +299,8 @@ def write_parts(joint: Lowered, manifest: Manifest, metadata: Mapping[str, str],
         manifest: What the export says of itself.
         metadata: All that is written into every graph, the manifest's entries apart.
         directory: Where the files go.
-
-    Returns:
-        The SHA-256 of each file, by name.
     """
-    shelf, hashes = joint.graph.model.graph.initializers, {}
+    shelf = joint.graph.model.graph.initializers
     weights = {weight.codes: weight for weight in manifest.coded}
     for file, part in joint.parts.items():
         graph = part.graph.model
@@ -319,8 +316,6 @@ def write_parts(joint: Lowered, manifest: Manifest, metadata: Mapping[str, str],
         graph.producer_name, graph.producer_version = "lora-deploy", metadata["lora_deploy.version"]
         graph.metadata_props.update({**metadata, **own.entries()})
         write_model(graph, directory, file)
-        hashes[file] = hashlib.sha256((directory / file).read_bytes()).hexdigest()
-    return hashes
 
 
 def _renamed(tensor: ir.TensorProtocol, name: str, directory: Path) -> ir.TensorProtocol:

@@ -10,7 +10,7 @@ from typing import Any
 from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import OutputError
 from lora_deploy.export.plan import ExportPlan
-from lora_deploy.export.writer import TOKENIZER_FILES
+from lora_deploy.integrity import TOKENIZER_FILES
 
 __all__ = ["write_side_files"]
 

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from lora_deploy.errors import UsageError
+from lora_deploy.places import cache_directory
 
 __all__ = ["load_kernels"]
 
@@ -44,7 +45,7 @@ def load_kernels() -> Path:
     digest = hashlib.sha256("\0".join(parts).encode())
     for source in sources:
         digest.update(b"\0" + source.name.encode() + b"\0" + source.read_bytes())
-    library = _cache() / f"kernels-{digest.hexdigest()[:16]}{_SUFFIXES.get(sys.platform, '.so')}"
+    library = cache_directory() / f"kernels-{digest.hexdigest()[:16]}{_SUFFIXES.get(sys.platform, '.so')}"
     if not library.is_file():
         _compile(compiler, library)
     _check_owner(library)
@@ -63,12 +64,6 @@ def _check_owner(library: Path) -> None:
                 file=path,
                 remedy="remove it, or set XDG_CACHE_HOME to a directory of your own",
             )
-
-
-def _cache() -> Path:
-    # The XDG specification: a relative path is invalid, and ignored.
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "lora-deploy"
 
 
 def _find_compiler() -> list[str]:

@@ -15,6 +15,7 @@ import torch
 
 from lora_deploy.compare.picture import can_draw
 from lora_deploy.errors import OutputError, UsageError
+from lora_deploy.integrity import hash_file
 from lora_deploy.planning.choices import Choice
 from lora_deploy.planning.held_out import split_data
 from lora_deploy.planning.options import StudyOptions
@@ -22,7 +23,6 @@ from lora_deploy.planning.picture import PICTURE_NAME, draw_study
 from lora_deploy.planning.plan import Plan
 from lora_deploy.planning.report import REPORT_NAME, Study, best_rate
 from lora_deploy.planning.runs import Run, RunResult, do_run, judge_base, open_base, open_held_out, read_result
-from lora_deploy.train.checkpoints import file_sha256
 
 __all__ = ["run_study"]
 
@@ -105,10 +105,10 @@ def _check(options: StudyOptions) -> None:
 def _begin(plan: Plan, options: StudyOptions) -> None:
     """Make the directory, or see that what is there is the same study."""
     output, file = options.output, options.output / _SETTINGS
-    held = None if options.held_out is None else file_sha256(options.held_out)
+    held = None if options.held_out is None else hash_file(options.held_out)
     settings: dict[str, Any] = options.that_matter() | {
         "budget": plan.budget,
-        "data_sha256": file_sha256(options.data),
+        "data_sha256": hash_file(options.data),
         "held_out_sha256": held,
         "base_sha256": open_base(options).sha256(),
     }

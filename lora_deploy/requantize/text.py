@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lora_deploy.data.encode import encode
 from lora_deploy.data.examples import IGNORED, read_records
 from lora_deploy.errors import CheckpointError, DataError
+from lora_deploy.integrity import hash_file
 from lora_deploy.quantization.base import TrainingBase
 
 __all__ = ["GENERAL", "HELD_OUT", "Text", "load_text", "pick_text", "rows_taken"]
@@ -131,7 +132,7 @@ def pick_text(
     """
 
     def load(name: str, file: Path, count: int) -> Text:
-        return load_text(name, file, base, count, (taken or {}).get(str(file.resolve()), 0))
+        return load_text(name, file, base, count, taken.get(hash_file(file), 0) if taken else 0)
 
     own = max(rows // 4, 1) if own is None else own
     if given is not None:
@@ -147,8 +148,8 @@ def pick_text(
 
 
 def rows_taken(texts: Sequence[Text]) -> dict[str, int]:
-    """How many rows of each text of the user's were taken, by the file's full path."""
-    return {str(Path(text.source).resolve()): len(text) for text in texts if text.name == "task" and text.source}
+    """How many rows of each text of the user's were taken, by the file's SHA-256."""
+    return {hash_file(Path(text.source)): len(text) for text in texts if text.name == "task" and text.source}
 
 
 def _tokenizer(base: TrainingBase) -> PreTrainedTokenizerBase | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -19,7 +18,6 @@ __all__ = [
     "check_output",
     "check_record",
     "clear_output",
-    "file_sha256",
     "finished_steps",
     "last_checkpoint",
     "save_options",
@@ -139,15 +137,6 @@ def check_record(record: TrainingRecord, checkpoint: Path) -> None:
                 expected=getattr(before, name),
                 remedy="give the same model and quantization, or begin anew with --overwrite",
             )
-
-
-def file_sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with file.open("rb") as opened:
-        while piece := opened.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _read(file: Path) -> dict[str, Any]:

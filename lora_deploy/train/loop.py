@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from lora_deploy.adapter import TrainingRecord, save_adapter
 from lora_deploy.data.examples import Example, load_examples, split_examples
 from lora_deploy.errors import CheckpointError, UsageError
+from lora_deploy.integrity import hash_file
 from lora_deploy.layers import count_parameters, get_lora_model
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_codes
@@ -27,7 +28,6 @@ from lora_deploy.train.checkpoints import (
     check_output,
     check_record,
     clear_output,
-    file_sha256,
     finished_steps,
     last_checkpoint,
 )
@@ -181,7 +181,7 @@ def _load_data(options: TrainOptions, base: TrainingBase, tokenizer: PreTrainedT
 
 
 def _options_that_matter(options: TrainOptions, args: TrainingArguments) -> dict[str, Any]:
-    facts = {"data_sha256": file_sha256(options.data), "processes": args.world_size, "device_type": args.device.type}
+    facts = {"data_sha256": hash_file(options.data), "processes": args.world_size, "device_type": args.device.type}
     return options.that_matter() | facts
 
 

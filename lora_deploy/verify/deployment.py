@@ -17,6 +17,7 @@ from lora_deploy.adapter.packing import deployed_adapter
 from lora_deploy.export.merge import MergedParameters
 from lora_deploy.layers.model import adapted_layers
 from lora_deploy.manifest import read_metadata
+from lora_deploy.places import find_place
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.text import HELD_OUT, Text, pick_text
 from lora_deploy.task import is_classification
@@ -54,7 +55,15 @@ def held_out_texts(
         return []
     taken: dict[str, int] = json.loads(read_metadata(directory).get("lora_deploy.calibration", "{}"))
     known = [file for file in training_data if file is not None and Path(file).is_file()]
-    return pick_text(base, data, known or list(taken), _ROWS, own=_OWN, general=HELD_OUT, taken=taken)
+    return pick_text(
+        base,
+        data,
+        known or [str(place) for place in map(find_place, taken) if place is not None],
+        _ROWS,
+        own=_OWN,
+        general=HELD_OUT,
+        taken=taken,
+    )
 
 
 def measure_deployment(

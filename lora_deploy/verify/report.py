@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel
 
 from lora_deploy.errors import DataError, OutputError, ParityError, UsageError
+from lora_deploy.integrity import MODEL_NAME, REPORT_NAME, UNSEALED, seal_bytes, seal_of
 from lora_deploy.verify.codes import CodesResult
 from lora_deploy.verify.deployment_report import DeploymentResult
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["REPORT_NAME", "CaseResult", "Metrics", "ParityReport", "check_comparison"]
-
-REPORT_NAME = "parity.json"
+__all__ = ["CaseResult", "Metrics", "ParityReport", "check_comparison"]
 
 
 def check_comparison(data: Path | None, max_kl: float | None) -> None:
@@ -137,15 +137,22 @@ class ParityReport(BaseModel):
         return self.max_kl is None or self.largest_kl <= self.max_kl
 
     def save(self, directory: Path) -> None:
-        """Write `parity.json`.
+        """Write `parity.json`, sealed, with the seal of the graph that it is about (`lora_deploy.integrity`).
 
         Raises:
-            OutputError: It could not be written.
+            OutputError: It could not be written; an older one is as it was.
         """
         file = directory / REPORT_NAME
+        partial = directory / f".{REPORT_NAME}.partial"
         try:
-            file.write_text(json.dumps(self.model_dump(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            graph = seal_of(MODEL_NAME, (directory / MODEL_NAME).read_bytes())
+            values = {**self.model_dump(), "model_sha256": graph, "report_sha256": UNSEALED}
+            text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+            partial.write_bytes(seal_bytes(REPORT_NAME, text.encode()))
+            partial.replace(file)
         except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise OutputError("the parity report could not be written", file=file, found=str(error)) from error
 
     def failures(self) -> str:

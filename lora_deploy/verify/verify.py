@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,8 +12,12 @@ from typing import Any
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
 from lora_deploy.errors import CheckpointError, InputError, UsageError
 from lora_deploy.export.merge import drop_copies, hash_adapter, open_base
-from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, read_metadata
+from lora_deploy.integrity import MODEL_NAME, base_key, check_files, hash_file, recorded_files
+from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest
+from lora_deploy.places import find_place
 from lora_deploy.quantization import QuantizationScheme
+from lora_deploy.run.adapter_files import read_onnx_adapter
+from lora_deploy.run.adapter_seal import check_sealed
 from lora_deploy.run.adapters import find_adapters
 from lora_deploy.run.session import Weights, check_weights
 from lora_deploy.verify.parity import check_parity
@@ -66,14 +69,14 @@ def verify(
             found=directory,
             remedy="call lora_deploy.verify_module(directory, module, adapter, example_inputs=...)",
         )
-    base_model = model if model is not None else entries["lora_deploy.base_model"]
+    base_model = model if model is not None else _find_base(entries)
     scheme = QuantizationScheme.model_validate_json(entries["lora_deploy.quantization"])
     read = _read_adapters(directory, entries, adapter)
     with _naming("--model"):
         base = open_base(base_model, scheme, read.values())
     expect_same(base.sha256(), entries["lora_deploy.base_sha256"], "base", base.directory, "--model")
     adapters = {name: drop_copies(lora, base) for name, lora in read.items()}
-    _expect_adapters(adapters, entries)
+    _expect_adapters({name: adapters[name] for name in adapters.keys() - _converted_later(directory, entries)}, entries)
     records = [TrainingRecord.load(lora.source) for lora in adapters.values()]
     report = check_parity(
         directory,
@@ -105,7 +108,7 @@ def _read_adapters(
     recorded: dict[str, dict[str, str]] = json.loads(entries.get("lora_deploy.adapters", "{}"))
     manifest = Manifest.read(entries, directory / "model.onnx")
     files = find_adapters(directory) if manifest.branch == "hot-swap" else {}
-    known = set(recorded) | set(files)
+    known, replaced = set(recorded) | set(files), _converted_later(directory, entries)
     if given is None:
         places: dict[str, str | Path | None] = dict.fromkeys(recorded)
     elif isinstance(given, Mapping):
@@ -122,6 +125,12 @@ def _read_adapters(
             raise UsageError(
                 "the export does not know this adapter", found=name, expected=", ".join(sorted(known)), remedy=remedy
             )
+        if place is None and name in replaced:
+            raise CheckpointError(
+                "an adapter was converted anew since the export",
+                file=files[name],
+                remedy=f"check it with --adapter {name}=DIR, or export again",
+            )
         if manifest.branch == "hot-swap" and name not in files:
             raise CheckpointError(
                 "an adapter of the export is missing",
@@ -129,8 +138,32 @@ def _read_adapters(
                 remedy="make it again with lora-deploy adapter convert",
             )
         with _naming(f"--adapter {name}=DIR" if manifest.branch else "--adapter"):
-            adapters[name] = read_adapter(recorded[name]["source"] if place is None else place)
+            adapters[name] = read_adapter(_find_adapter(name, recorded) if place is None else place)
     return adapters
+
+
+def _find_base(entries: Mapping[str, str]) -> str | Path:
+    """Where the base is: on the hub, or where it was when it was last exported here."""
+    place = find_place(base_key(entries)) or entries.get("lora_deploy.base_model")
+    if place is None:
+        raise UsageError(
+            "it is not known where the base of this export is",
+            expected=f"the base with sha256 {entries['lora_deploy.base_sha256'][:16]}…",
+            remedy="name its directory with --model",
+        )
+    return place
+
+
+def _find_adapter(name: str, recorded: Mapping[str, Mapping[str, str]]) -> Path:
+    place = find_place(recorded[name]["sha256"])
+    if place is None:
+        raise UsageError(
+            "it is not known where the adapter of this export is",
+            found=name,
+            expected=f"the adapter with sha256 {recorded[name]['sha256'][:16]}…",
+            remedy=f"name its directory with --adapter {name}=DIR",
+        )
+    return place
 
 
 def _expect_adapters(adapters: Mapping[str, LoraAdapter], entries: Mapping[str, str]) -> None:
@@ -194,26 +227,22 @@ def expect_same(found: str, expected: str, what: str, file: str | Path, option: 
 
 
 def read_provenance(directory: Path) -> dict[str, str]:
-    """The export's `metadata_props`, after its weights have been found whole."""
-    file = directory / "model.onnx"
-    entries = read_metadata(directory)
-    if "lora_deploy.data_sha256" not in entries:
-        raise CheckpointError("this model was not exported by lora-deploy", file=file)
-    for name, sha256 in json.loads(entries.get("lora_deploy.parts", "{}")).items():
-        part = directory / name
-        if not part.is_file() or hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
-            raise CheckpointError("a graph of the export is missing or damaged", file=part, remedy="export again")
-    expected = entries["lora_deploy.data_sha256"]
-    data = directory / f"model-{expected[:12]}.onnx.data"
-    if not data.is_file():
-        raise CheckpointError("the weights of the export are missing", file=data, remedy="export again")
-    digest = hashlib.sha256()
-    with open(data, "rb") as opened:
-        while piece := opened.read(1 << 24):
-            digest.update(piece)
-    found = digest.hexdigest()
-    if found != expected:
-        raise CheckpointError(
-            "the weights of the export are damaged", file=data, found=found, expected=expected, remedy="export again"
-        )
+    """The export's `metadata_props`, after all of its files have been found to be those that were written.
+
+    Raises:
+        InputError: A file is missing, damaged, or of another export.
+    """
+    entries = check_files(directory)
+    manifest = Manifest.read(entries, directory / MODEL_NAME)
+    files = find_adapters(directory)
+    for name in sorted(_converted_later(directory, entries)):
+        check_sealed(files[name])
+        read_onnx_adapter(files[name], manifest)
     return entries
+
+
+def _converted_later(directory: Path, entries: Mapping[str, str]) -> set[str]:
+    """The adapters whose files are not those of the export."""
+    recorded = recorded_files(entries, directory / MODEL_NAME)
+    files = find_adapters(directory)
+    return {name for name, file in files.items() if recorded.get(f"{ADAPTER_DIRECTORY}/{file.name}") != hash_file(file)}

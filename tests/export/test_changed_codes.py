@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -12,22 +11,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lora_deploy.manifest import Manifest, read_metadata
+from lora_deploy.manifest import Manifest
 from tests.commands import Command, assert_one_message, command
 from tests.export.conftest import BranchFactory
+from tests.sealed import reseal, save_graph
 
 __all__ = ["command"]
-
-
-def _rehash(directory: Path) -> None:
-    """Let the file of weights be named after what it holds now, and the graph refer to it."""
-    (data,) = directory.glob("*.data")
-    old = read_metadata(directory)["lora_deploy.data_sha256"]
-    new = hashlib.sha256(data.read_bytes()).hexdigest()
-    raw = (directory / "model.onnx").read_bytes()
-    raw = raw.replace(old.encode(), new.encode()).replace(old[:12].encode(), new[:12].encode())
-    (directory / "model.onnx").write_bytes(raw)
-    data.rename(directory / f"model-{new[:12]}.onnx.data")
 
 
 def _change_code(directory: Path, *, rehash: bool) -> None:
@@ -39,7 +28,7 @@ def _change_code(directory: Path, *, rehash: bool) -> None:
     raw[(value.offset or 0) + 100] ^= 1
     data.write_bytes(raw)
     if rehash:
-        _rehash(directory)
+        reseal(directory)
 
 
 def _change_absmax(directory: Path) -> None:
@@ -50,7 +39,7 @@ def _change_absmax(directory: Path) -> None:
     array = value.const_value.numpy().copy()
     array[3] = np.nextafter(array[3], np.float32(9))
     value.const_value = ir.Tensor(array, name=weight.scales)
-    ir.save(model, directory / "model.onnx")
+    save_graph(model, directory)
 
 
 def _change_hash(directory: Path) -> None:
@@ -58,19 +47,19 @@ def _change_hash(directory: Path) -> None:
     entry = model.metadata_props["lora_deploy.coded"]
     sha256 = Manifest.load(directory).coded[2].modules[0].sha256
     model.metadata_props["lora_deploy.coded"] = entry.replace(sha256, sha256[::-1])
-    ir.save(model, directory / "model.onnx")
+    save_graph(model, directory)
 
 
 def _change_manifest(directory: Path) -> None:
     model = ir.load(directory / "model.onnx")
     model.metadata_props["lora_deploy.coded"] = '[{"operator": "MatMulBnb5"}]'
-    ir.save(model, directory / "model.onnx")
+    save_graph(model, directory)
 
 
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
-        (partial(_change_code, rehash=False), 3, "the weights of the export are damaged"),
+        (partial(_change_code, rehash=False), 3, "a file of the export is damaged"),
         (partial(_change_code, rehash=True), 4, "the codes of a layer"),
         (_change_absmax, 4, "the scales of a layer"),
         (_change_hash, 4, "the base's quantized weight of a layer"),

@@ -17,9 +17,11 @@ import torch
 
 from lora_deploy.adapter import read_adapter
 from lora_deploy.errors import OutputError
-from lora_deploy.export import export_onnx, writer
+from lora_deploy.export import commit as commit_module
+from lora_deploy.export import export_onnx
+from lora_deploy.export.commit import commit, staging_directory
 from lora_deploy.export.merge import hash_adapter
-from lora_deploy.export.writer import commit, staging_directory, write_data, write_model
+from lora_deploy.export.writer import write_data, write_model
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.run import OnnxSession
 from tests.commands import tree
@@ -71,20 +73,20 @@ def test_the_model_says_what_it_was_made_of(tiny_export: ExportFactory) -> None:
     entries = _metadata(result.output)
     assert {name.removeprefix("lora_deploy.") for name in entries} == {
         "adapters",
-        "base_model",
         "base_sha256",
         "compute_dtype",
         "data_sha256",
+        "files",
         "graph",
         "mode",
+        "model_sha256",
         "precision",
         "provider",
         "quantization",
         "versions",
     }
-    assert entries["lora_deploy.base_model"] == str(base)
     (described,) = json.loads(entries["lora_deploy.adapters"]).values()
-    assert described["source"] == str(adapter)
+    assert set(described) == {"sha256", "config"}
     assert described["sha256"] == hash_adapter(read_adapter(adapter))
     assert described["config"]["lora_alpha"] == 10
     assert entries["lora_deploy.base_sha256"] == TrainingBase(base).sha256()
@@ -160,31 +162,104 @@ def test_overwriting_with_another_adapter_leaves_one_data_file_and_the_new_funct
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
-def test_a_kill_between_the_data_and_the_model_leaves_the_old_export_readable(
-    checkpoint_dir: CheckpointFactory, adapter_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("exchange", [True, False])
+def test_files_of_the_users_stay_in_an_export_that_is_replaced(
+    exchange: bool,
+    checkpoint_dir: CheckpointFactory,
+    adapter_dir: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As SIGKILL does it: nothing is put back, nothing is cleaned up. The next export clears what was left."""
+    """Links and folders as they are; what an export owns goes. Also where directories cannot change places."""
     base, output = checkpoint_dir("llama"), tmp_path / "out"
-    again = {"output": output, "quantization": "nf4", "overwrite": True, "verify": False}
-    export_onnx(base, adapter_dir("llama"), **again)
-    old = _logits(output)
-    real = Path.replace
+    again = {"output": output, "quantization": "nf4", "verify": False}
+    export_onnx(base, {"a": adapter_dir("llama")}, branch="hot-swap", merge=False, **again)
+    (output / "notes").mkdir()
+    (output / "notes" / "one.txt").write_text("mine")
+    (output / "link").symlink_to("notes/one.txt")
+    (output / "adapters" / "of-mine.txt").write_text("mine too")
+    (output / "generation_config.json").write_text("{}")
+    output.chmod(0o750)
+    if not exchange:
+        monkeypatch.setattr(commit_module, "_exchange", lambda first, second: False)
+    result = export_onnx(base, adapter_dir("llama", r=2), overwrite=True, **again)
+    export_onnx(base, adapter_dir("llama", r=2), **{**again, "output": tmp_path / "new"})
+    new, found = tree(tmp_path / "new"), tree(result.output)
+    users = {"notes", "notes/one.txt", "link", "adapters", "adapters/of-mine.txt"}
+    assert {name: value for name, value in found.items() if name not in users} == new
+    assert set(found) == set(new) | users
+    assert os.readlink(output / "link") == "notes/one.txt"
+    assert (output / "notes" / "one.txt").read_text() == "mine"
+    assert (output / "adapters" / "of-mine.txt").read_text() == "mine too"
+    assert stat.S_IMODE(output.stat().st_mode) == 0o750
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "new"}
 
-    def killed(self: Path, target: Path) -> Path:
-        if self.name == "model.onnx":
-            raise SystemExit(137)
-        return real(self, target)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
-        patch.setattr(writer, "_put_back", lambda moved: None)
-        with pytest.raises(SystemExit):
-            export_onnx(base, adapter_dir("llama", r=2), **again)
-    assert len(list(output.glob("*.data"))) == 2
-    assert np.array_equal(_logits(output), old)
-    export_onnx(base, adapter_dir("llama", r=2), **again)
+def test_below_somebodys_feet_the_directory_itself_stays(
+    checkpoint_dir: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--output .` would leave the shell in a directory that is gone."""
+    output = tmp_path / "out"
+    output.mkdir()
+    monkeypatch.chdir(output)
+    inode = output.stat().st_ino
+    base = checkpoint_dir("llama")
+    export_onnx(base, output=".", quantization="nf4", verify=False)
+    export_onnx(base, output=".", quantization="fp4", verify=False, overwrite=True)
+    assert output.stat().st_ino == inode
     assert len(list(output.glob("*.data"))) == 1
-    assert np.abs(_logits(output) - old).max() > 0.1
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize("there", ["mount point", "parent that is not ours"])
+def test_where_nothing_can_be_renamed_the_staging_is_inside(
+    there: str, checkpoint_dir: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    base, seen = checkpoint_dir("llama"), set()
+    if there == "mount point":
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == output)
+    else:
+        real = os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and real(path, mode))
+    real_commit = commit
+
+    def look(staging: Path, place: Path) -> None:
+        seen.update(path.name for path in output.iterdir())
+        seen.update(path.name for path in tmp_path.iterdir())
+        real_commit(staging, place)
+
+    monkeypatch.setattr("lora_deploy.export.export.commit", look)
+    for quantization in ("nf4", "fp4"):
+        export_onnx(base, output=output, quantization=quantization, verify=False, overwrite=True)
+    assert {".lora-deploy.lock", ".lora-deploy.staging"} < seen
+    assert not [name for name in seen if name.startswith(".out")]
+    assert not list(output.glob(".*"))
+    assert len(list(output.glob("*.data"))) == 1
+
+
+def test_everything_is_synced_before_it_is_renamed_and_the_directory_after(
+    checkpoint_dir: CheckpointFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, str]] = []
+    real_sync, real_rename = commit_module.sync, Path.rename
+
+    def sync(path: Path) -> None:
+        done.append(("sync", str(path.relative_to(tmp_path))))
+        real_sync(path)
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name.endswith(".staging"):
+            done.append(("rename", target.name))
+        return real_rename(self, target)
+
+    monkeypatch.setattr(commit_module, "sync", sync)
+    monkeypatch.setattr(Path, "rename", rename)
+    result = export_onnx(checkpoint_dir("llama"), output=tmp_path / "out", quantization="nf4", verify=False)
+    staged = {f".out.staging/{path.name}" for path in result.output.iterdir()}
+    assert {name for kind, name in done[:-2]} == {*staged, ".out.staging"}
+    assert done[-3:] == [("sync", ".out.staging"), ("rename", "out"), ("sync", ".")]
 
 
 def _graph(**shapes: tuple[int, ...]) -> ir.Model:
@@ -230,12 +305,13 @@ def test_an_inline_tensor_is_a_copy_of_its_own(tmp_path: Path) -> None:
     assert values["second"].const_value.numpy().tolist() == [2.0] * 8  # type: ignore[union-attr]
 
 
-def test_a_failed_commit_puts_back_the_files_it_had_replaced(tmp_path: Path) -> None:
+def test_a_failed_commit_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "out"
     output.mkdir()
     (output / "config.json").write_text("old")
     (output / "model.onnx").mkdir()  # cannot be replaced by a file
     before = tree(tmp_path)
+    monkeypatch.setattr(commit_module, "_exchange", lambda first, second: False)
     with staging_directory(output) as staging:
         for name in ("config.json", "new.json", "model-0123.onnx.data", "model.onnx", "adapters/a.onnx_adapter"):
             (staging / name).parent.mkdir(exist_ok=True)

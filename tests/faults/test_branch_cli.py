@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from lora_deploy.adapter import write_adapter
+from lora_deploy.export import commit, export_onnx
 from lora_deploy.export import export as export_module
-from lora_deploy.export import export_onnx
 from tests.commands import Command, Ended, assert_one_message, tree
 from tests.conftest import random_adapter, tiny_model
 from tests.export.conftest import BranchFactory
@@ -159,6 +159,7 @@ def test_a_commit_that_fails_takes_its_adapters_back(
             raise OSError(28, "No space left on device")
         return real(self, target)
 
+    monkeypatch.setattr(commit, "_can_rename", lambda output: False)
     monkeypatch.setattr(Path, "replace", replace)
     assert_one_message(_branch(place, "--branch", *(["--overwrite"] if overwrite else [])), 5, "could not be written")
     assert tree(place.root) == before

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from lora_deploy.export import commit, writer
 from lora_deploy.export import export as export_module
-from lora_deploy.export import writer
 from lora_deploy.verify import deployed
 from lora_deploy.verify.report import ParityReport
 from tests.commands import assert_one_message, tree
@@ -122,7 +122,17 @@ def _open_full(*arguments: Any) -> _FullFile:
     return _FullFile(builtins.open(*arguments), 100_000)
 
 
-def _replace_all_but_the_model(error: BaseException) -> Callable[[Path, Path], Path]:
+def _no_change_of_places(patch: Patch) -> None:
+    """As on a file system that cannot exchange directories, nor rename one: files are moved one by one."""
+    patch.setattr(commit, "_can_rename", lambda output: False)
+
+
+def _break_move(patch: Patch, call: int, error: BaseException) -> None:
+    _no_change_of_places(patch)
+    patch.setattr(Path, "replace", _raise_from(call, error, Path.replace))
+
+
+def _break_last_move(patch: Patch, error: BaseException) -> None:
     real = Path.replace
 
     def replace(self: Path, target: Path) -> Path:
@@ -130,21 +140,31 @@ def _replace_all_but_the_model(error: BaseException) -> Callable[[Path, Path], P
             raise error
         return real(self, target)
 
-    return replace
+    _no_change_of_places(patch)
+    patch.setattr(Path, "replace", replace)
+
+
+def _break_commit(patch: Patch, error: BaseException) -> None:
+    def fail(*arguments: object) -> Any:
+        raise error
+
+    patch.setattr(commit, "_exchange", fail)
+    patch.setattr(Path, "rename", fail)
 
 
 # Where the disk is full, one place after another.
 FULL: dict[str, Callable[[Patch], None]] = {
     "in the weights": lambda patch: patch.setattr(writer, "open", _open_full, raising=False),
     "when the weights are synced": lambda patch: patch.setattr(writer.os, "fsync", _full),
-    "when the graph is synced": lambda patch: patch.setattr(writer.os, "fsync", _raise_from(1, _no_space(), os.fsync)),
+    "when the rest is synced": lambda patch: patch.setattr(writer.os, "fsync", _raise_from(1, _no_space(), os.fsync)),
     "in the graph": lambda patch: patch.setattr(writer.ir, "save", _full),
     "in the configuration": lambda patch: patch.setattr(Path, "write_text", _full),
     "in the files that are copied": lambda patch: patch.setattr(shutil, "copyfile", _full),
-    "in the report": lambda patch: patch.setattr(Path, "write_text", _raise_from(2, _no_space(), Path.write_text)),
-    "in the first move": lambda patch: patch.setattr(Path, "replace", _full),
-    "in a later move": lambda patch: patch.setattr(Path, "replace", _raise_from(3, _no_space(), Path.replace)),
-    "in the last move": lambda patch: patch.setattr(Path, "replace", _replace_all_but_the_model(_no_space())),
+    "in the report": lambda patch: patch.setattr(Path, "write_bytes", _raise_from(1, _no_space(), Path.write_bytes)),
+    "in the commit": lambda patch: _break_commit(patch, _no_space()),
+    "in the first move": lambda patch: _break_move(patch, 0, _no_space()),
+    "in a later move": lambda patch: _break_move(patch, 3, _no_space()),
+    "in the last move": lambda patch: _break_last_move(patch, _no_space()),
 }
 
 
@@ -194,10 +214,9 @@ INTERRUPTED: dict[str, Callable[[Patch], None]] = {
     "in the weights": lambda patch: patch.setattr(export_module, "stream_weights", _interrupted_weights),
     "in the check": lambda patch: patch.setattr(deployed, "load_twin", _interrupt),
     "in the report": lambda patch: patch.setattr(ParityReport, "save", _interrupt),
-    "between the files": lambda patch: patch.setattr(
-        Path, "replace", _raise_from(3, KeyboardInterrupt(), Path.replace)
-    ),
-    "before the last": lambda patch: patch.setattr(Path, "replace", _replace_all_but_the_model(KeyboardInterrupt())),
+    "in the commit": lambda patch: _break_commit(patch, KeyboardInterrupt()),
+    "between the files": lambda patch: _break_move(patch, 3, KeyboardInterrupt()),
+    "before the last": lambda patch: _break_last_move(patch, KeyboardInterrupt()),
 }
 
 

@@ -16,6 +16,7 @@ from lora_deploy.errors import AdapterError
 from lora_deploy.export.inspect import describe_adapter
 from lora_deploy.manifest import Manifest
 from lora_deploy.run.adapter_files import Tensors, read_onnx_adapter, read_tensors
+from lora_deploy.run.adapter_seal import seal_adapter
 from lora_deploy.run.adapters import find_adapters
 from tests.export.conftest import BranchExport, BranchFactory
 
@@ -44,6 +45,7 @@ def write(file: Path, tensors: Tensors, version: int) -> Path:
     values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in tensors.items()}
     container.set_parameters(values)
     container.export_adapter(str(file))
+    seal_adapter(file)
     return file
 
 

@@ -20,6 +20,7 @@ from lora_deploy.verify.codes import check_adapter_codes
 from tests.commands import Command, assert_one_message
 from tests.export.conftest import BranchExport, BranchFactory
 from tests.run.test_adapter_files import write
+from tests.sealed import reseal, save_graph
 
 
 @pytest.fixture
@@ -51,6 +52,7 @@ def test_one_value_of_a_file_that_is_another_fails(
     values = tensors[name].reshape(-1)
     values[5] += -np.sign(values[5]) if "codes" in part else values[5] * np.float32(1e-6)
     write(file, tensors, version)
+    reseal(output)
     assert_one_message(command("verify", output, "--quiet"), 4, "not what quantizing it gives", name, file)
     assert verify(output, adapter=["two"]).passed
 
@@ -73,7 +75,7 @@ def test_floats_are_left_to_the_logits(branch_export: BranchFactory) -> None:
 
 
 def test_an_initializer_that_was_changed_fails(branch_export: BranchFactory, tmp_path: Path) -> None:
-    """The scales of small slots stand in model.onnx itself, which no hash of the data covers."""
+    """The scales of small slots stand in model.onnx itself, and its seal can be made anew."""
     made = branch_export("llama", "nf4", "fixed", {"one": {}}, adapter_precision="int8")
     output = Path(shutil.copytree(made.output, tmp_path / "out"))
     model = ir.load(output / "model.onnx")
@@ -81,7 +83,7 @@ def test_an_initializer_that_was_changed_fails(branch_export: BranchFactory, tmp
     value = model.graph.initializers[name]
     assert value.const_value is not None
     value.const_value = ir.Tensor(value.const_value.numpy() * np.float32(1.000001), name=name)
-    ir.save(model, output / "model.onnx")
+    save_graph(model, output)
     with pytest.raises(ParityError, match="not what quantizing it gives") as caught:
         verify(output)
     assert caught.value.details["tensor"] == name

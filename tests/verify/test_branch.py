@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import onnx_ir as ir
-import onnxruntime
 import pytest
 
 from lora_deploy.errors import InputError, UsageError
@@ -19,6 +18,8 @@ from lora_deploy.run.adapters import find_adapters
 from lora_deploy.verify import verify
 from tests.commands import Command, assert_one_message
 from tests.export.conftest import BranchExport, BranchFactory
+from tests.run.test_adapter_files import write
+from tests.sealed import reseal
 
 ADAPTERS = {"one": {}, "two": {"r": 8, "seed": 3}}
 
@@ -61,7 +62,9 @@ def test_a_hot_swap_export_is_checked_bare_and_with_every_adapter(made: Made, co
     ended = command("verify", made.output, "--json")
     assert ended.code == 0, ended.err
     report = json.loads(ended.out)
-    assert report == _report(made.output)
+    written = _report(made.output)
+    assert {name: written[name] for name in report} == report
+    assert set(written) - set(report) == {"model_sha256", "report_sha256"}
     assert [case["adapter"] for case in report["cases"]] == ["no adapter"] * 6 + ["one"] * 6 + ["two"] * 6
     assert all(case["passed"] for case in report["cases"])
     assert [case["control"] is None for case in report["cases"]] == [True] * 6 + [False] * 12
@@ -99,7 +102,7 @@ def test_only_the_adapters_that_are_named_are_checked(asked: list[str], made: Ma
 def test_an_adapter_that_has_moved_is_named_with_the_option_that_helps(made: Made, command: Command) -> None:
     new = made.adapters["two"].rename(made.output.parent / "moved")
     ended = command("verify", made.output, "--quiet")
-    assert_one_message(ended, 3, made.adapters["two"], "--adapter two=DIR")
+    assert_one_message(ended, 2, "not known where the adapter", "two", "--adapter two=DIR")
     assert command("verify", made.output, "--quiet", "--adapter", f"two={new}").code == 0
     assert verify(made.output, adapter={"two": new}).passed
 
@@ -145,9 +148,13 @@ def test_an_adapter_that_was_converted_later_is_checked_where_it_was_trained(
 
 
 def test_a_file_that_was_replaced_by_another_adapters_fails(made: Made, command: Command) -> None:
-    """It fits in every way: names, shapes, base. Only the logits tell."""
+    """It fits in every way: names, shapes, base, seal, and here the recorded hash. Only the logits tell."""
     files = find_adapters(made.output)
     shutil.copyfile(files["two"], files["one"])
+    assert_one_message(
+        command("verify", made.output, "--quiet"), 3, "converted anew", files["one"], "--adapter one=DIR"
+    )
+    reseal(made.output)
     ended = command("verify", made.output, "--quiet")
     assert_one_message(ended, 4, "does not compute what was trained", "one: prefill")
     assert "FAIL two" not in ended.err
@@ -159,12 +166,8 @@ def test_an_update_of_nothing_in_one_slot_fails(made: Made, command: Command) ->
     version, tensors = read_tensors(file)
     name = next(key for key in tensors if "layers/1" in key and key.endswith("down_proj/lora_B"))
     tensors[name] = tensors[name] * 0
-    container = onnxruntime.AdapterFormat()
-    container.set_adapter_version(1)
-    container.set_model_version(version)
-    values = {key: onnxruntime.OrtValue.ortvalue_from_numpy(array) for key, array in tensors.items()}
-    container.set_parameters(values)
-    container.export_adapter(str(file))
+    write(file, tensors, version)
+    reseal(made.output)
     assert_one_message(command("verify", made.output, "--quiet", "--adapter", "one"), 4, "one: prefill")
     assert command("verify", made.output, "--quiet", "--adapter", "two").code == 0
 

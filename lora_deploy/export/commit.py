@@ -1,0 +1,260 @@
+"""An export appears whole, or not at all: staged beside the output, and put there in one step.
+
+Everything is written into a hidden directory beside the output, synced, and renamed. Where the output is there
+already, the two directories change places (`renameat2` with RENAME_EXCHANGE): at no moment is a file of the one
+beside a file of the other. Where the system cannot do that, the files are moved one by one, with `model.onnx` last as
+the commit point. Weights have names made of their own hash, so that even then an old graph never reads new weights,
+and `verify` knows every other file by its hash.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lora_deploy.errors import OutputError
+from lora_deploy.integrity import DATA_PATTERN, MODEL_NAME, REPORT_NAME, SIDE_FILES
+from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX
+
+__all__ = ["OWN_PATTERN", "commit", "locked", "staging_directory", "sync", "write_failure"]
+
+# What a writer has beside an output, or inside: its lock, and what it stages.
+OWN_PATTERN = ".lora-deploy.*"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+# The file system, the kernel or the C library has no exchange, or not between these directories.
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EBUSY, errno.EPERM}
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[Path]:
+    """Be the only one that writes to an output, until the end of the block.
+
+    Args:
+        output: The directory, which need not be there; its parents are made.
+
+    Yields:
+        Where this writer may stage: a path beside the output, hidden, where nothing is.
+
+    Raises:
+        OutputError: Somebody else is writing there, or the place cannot be written.
+    """
+    output = Path(os.path.realpath(output))
+    missing = [parent for parent in output.parents if not os.path.lexists(parent)]
+    stem = _stem(output)
+    file = stem.with_name(f"{stem.name}.lock")
+    lock = FileLock(file, timeout=0)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            "another lora-deploy is writing there", file=output, remedy="wait for it, or choose another --output"
+        ) from None
+    except OSError as error:
+        _remove_empty(missing)
+        raise write_failure(output, error) from error
+    try:
+        staging = stem.with_name(f"{stem.name}.staging")
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that died
+        yield staging
+    finally:
+        with suppress(OSError):
+            file.unlink()  # while it is held: who waits for it sees that it is gone, and makes a new one
+        lock.release()
+        _remove_empty(missing)
+
+
+@contextmanager
+def staging_directory(output: Path) -> Iterator[Path]:
+    """A new directory beside `output`, gone afterwards, on the same file system; nobody else writes to `output`.
+
+    Raises:
+        OutputError: It cannot be made, or somebody else is writing there.
+    """
+    with locked(output) as staging:
+        try:
+            staging.mkdir()
+        except OSError as error:
+            raise write_failure(output, error) from error
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _stem(output: Path) -> Path:
+    """What the names of the lock and the staging directory begin with: beside the output, or, where nothing can be
+    written or renamed there, inside."""
+    parent = output.parent
+    if output.is_dir() and (os.path.ismount(output) or not os.access(parent, os.W_OK | os.X_OK)):
+        return output / OWN_PATTERN.removesuffix(".*")
+    return parent / f".{output.name}"
+
+
+def commit(staging: Path, output: Path) -> None:
+    """Put the staged export into its place.
+
+    What an older export has there goes, all other files stay. Whatever stops it, the old or the new one is whole.
+
+    Raises:
+        OutputError: It could not be done.
+    """
+    output = Path(os.path.realpath(output))
+    try:
+        _sync_tree(staging)
+        if not _can_rename(output):
+            _move_files(staging, output)
+        elif output.is_dir():
+            _carry_over(output, staging)
+            shutil.copymode(output, staging)
+            if not _exchange(staging, output):
+                _move_files(staging, output)
+        else:
+            staging.rename(output)
+        sync(output.parent)
+    except OSError as error:
+        raise write_failure(output, error) from error
+
+
+def _can_rename(output: Path) -> bool:
+    """Whether a new directory may take the place: of no mount point, and not below somebody's feet."""
+    try:
+        here = Path.cwd()
+    except OSError:  # it was removed
+        here = Path()
+    return output not in (here, *here.parents) and _stem(output).parent == output.parent
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two directories change places, in one step. False where that cannot be done here, and nothing was."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:  # a C library without it
+        return False
+    arguments = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), ctypes.c_uint(_RENAME_EXCHANGE))
+    if rename(*arguments) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _carry_over(output: Path, staging: Path) -> None:
+    """Files that are no part of an export are in the new directory too: the same files, by another link."""
+    adapters = output / ADAPTER_DIRECTORY
+    for place in (output, adapters) if adapters.is_dir() else (output,):
+        for path in place.iterdir():
+            target = staging / path.relative_to(output)
+            if path == adapters or _is_of_export(path.relative_to(output)) or os.path.lexists(target):
+                continue
+            target.parent.mkdir(exist_ok=True)
+            if path.is_dir() and not path.is_symlink():
+                shutil.copytree(path, target, symlinks=True, copy_function=_link)
+            else:
+                _link(path, target)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # the file system has no hard links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _is_of_export(name: Path) -> bool:
+    if name.parent != Path():
+        return name.name.endswith((ADAPTER_SUFFIX, f"{ADAPTER_SUFFIX}.partial"))
+    return name.suffix == ".onnx" or name.match(DATA_PATTERN) or str(name) in (REPORT_NAME, *SIDE_FILES)
+
+
+def _move_files(staging: Path, output: Path) -> None:
+    """Move the files one by one, `model.onnx` last. If it fails before that, the older files are put back."""
+    files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != MODEL_NAME)
+    moved: list[tuple[Path, Path | None]] = []
+    directories = (output / ADAPTER_DIRECTORY, output)
+    missing = [path for path in directories if not os.path.lexists(path)]
+    try:
+        output.mkdir(exist_ok=True)
+        for number, file in enumerate(files):
+            target = output / file.relative_to(staging)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            previous = None
+            if target.is_file():
+                previous = staging / f"previous-{number}"
+                if not target.match(DATA_PATTERN):  # its name is its content: the old one is the new one
+                    shutil.copy2(target, previous)
+            file.replace(target)
+            moved.append((target, previous))
+        _sync_tree(output)  # all that the graph reads is on the disk before the graph is
+        (staging / MODEL_NAME).replace(output / MODEL_NAME)
+    except BaseException:
+        _put_back(moved)
+        _remove_empty(missing)
+        raise
+    with suppress(OSError):  # the export is there; what is left of an older one is not read with it
+        sync(output)
+        kept = {MODEL_NAME, *(str(file.relative_to(staging)) for file in files)}
+        for path in [*output.iterdir(), *(output / ADAPTER_DIRECTORY).glob("*")]:
+            name = path.relative_to(output)
+            if path.is_file() and _is_of_export(name) and str(name) not in kept:
+                path.unlink()
+    _remove_empty([output / ADAPTER_DIRECTORY])
+
+
+def _put_back(moved: list[tuple[Path, Path | None]]) -> None:
+    for target, previous in moved:
+        with suppress(OSError):
+            if previous is None:
+                target.unlink()
+            elif previous.is_file():
+                previous.replace(target)
+
+
+def _sync_tree(directory: Path) -> None:
+    """Every file and directory below, and the directory itself, is on the disk."""
+    for path in sorted(directory.rglob("*"), reverse=True):
+        if not path.is_symlink() and (path.is_file() or path.is_dir()):
+            sync(path)
+    sync(directory)
+
+
+def sync(path: Path) -> None:
+    """Have a file or directory written to the disk."""
+    if sys.platform == "win32" and path.is_dir():
+        return  # there is no such thing
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Remove directories, innermost first, until one of them holds something."""
+    for directory in directories:
+        try:
+            directory.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return
+
+
+def write_failure(path: Path, error: OSError) -> OutputError:
+    """What stopped the writing, as an error of ours."""
+    return OutputError(
+        "the export could not be written",
+        file=error.filename or path,
+        found=error.strerror or str(error),
+        remedy="make room or choose another --output; nothing was changed",
+    )

@@ -1,0 +1,209 @@
+"""Every file of an export is the one that was written: hashes in the graph, and a seal on the graph itself.
+
+`model.onnx` records the SHA-256 of every other file in its `metadata_props`, and its own, taken with zeros in the
+place of the digest. `parity.json`, which `verify` writes anew, carries such a seal too, and names the graph that it
+is about. A seal finds damage and mistakes. It is no signature: who can write the files can make it anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from lora_deploy.errors import CheckpointError
+from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, read_metadata
+
+__all__ = [
+    "DATA_PATTERN",
+    "FILES_ENTRY",
+    "MODEL_NAME",
+    "REPORT_NAME",
+    "SEAL_ENTRY",
+    "SIDE_FILES",
+    "TOKENIZER_FILES",
+    "UNSEALED",
+    "base_key",
+    "check_files",
+    "hash_file",
+    "recorded_files",
+    "seal_bytes",
+    "seal_of",
+]
+
+MODEL_NAME, REPORT_NAME = "model.onnx", "parity.json"
+# What a tokenizer or its chat template may be made of; onnxruntime-genai and optimum read the same files.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+# What an export may hold beside the graphs, their data and the report.
+SIDE_FILES = ("config.json", "generation_config.json", "genai_config.json", *TOKENIZER_FILES)
+DATA_PATTERN = "model-*.onnx.data"
+
+FILES_ENTRY, SEAL_ENTRY = "lora_deploy.files", "lora_deploy.model_sha256"
+UNSEALED = "0" * 64
+_HEX = rb"[0-9a-f]{64}"
+_SEALS = {
+    # A metadata entry in protobuf: the key, then field 2 (0x12) of 64 bytes (0x40).
+    MODEL_NAME: re.compile(re.escape(SEAL_ENTRY.encode()) + rb"\x12\x40(" + _HEX + rb")"),
+    REPORT_NAME: re.compile(rb'"report_sha256": "(' + _HEX + rb')"'),
+}
+_PIECE = 1 << 22
+
+
+def hash_file(file: Path) -> str:
+    """The SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while piece := opened.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def seal_bytes(name: str, content: bytes) -> bytes:
+    """The content of a graph or report, with its own SHA-256 in the place of the zeros.
+
+    Args:
+        name: `MODEL_NAME` or `REPORT_NAME`.
+        content: Holds `UNSEALED` in the place of its seal, once.
+    """
+    (place,) = _SEALS[name].finditer(content)
+    assert place[1] == UNSEALED.encode()
+    return content[: place.start(1)] + hashlib.sha256(content).hexdigest().encode() + content[place.end(1) :]
+
+
+def seal_of(name: str, content: bytes) -> str | None:
+    """The seal of a graph or report, if it has one and it is whole."""
+    places = list(_SEALS[name].finditer(content))
+    if len(places) != 1:
+        return None
+    start, end = places[0].span(1)
+    unsealed = content[:start] + UNSEALED.encode() + content[end:]
+    seal = content[start:end].decode()
+    return seal if hashlib.sha256(unsealed).hexdigest() == seal else None
+
+
+def check_files(directory: Path) -> dict[str, str]:
+    """Make sure that every file of an export is the one that was written.
+
+    Adapters are left to `lora_deploy.run.adapter_files.check_sealed`, for one may have been converted later.
+
+    Args:
+        directory: The export.
+
+    Returns:
+        The graph's `metadata_props`.
+
+    Raises:
+        CheckpointError: A file is missing, damaged, or of another export.
+    """
+    file = directory / MODEL_NAME
+    entries = read_metadata(directory)
+    if FILES_ENTRY not in entries:
+        raise CheckpointError("this model was not exported by lora-deploy", file=file)
+    seal = seal_of(MODEL_NAME, file.read_bytes())
+    if seal is None:
+        raise CheckpointError(
+            "the graph of the export is damaged, or was changed after the export",
+            file=file,
+            expected=f"the bytes that its own {SEAL_ENTRY} is of",
+            remedy="export again",
+        )
+    recorded = recorded_files(entries, file)
+    for name, sha256 in recorded.items():
+        if not _is_adapter(name):
+            _check_file(directory / name, sha256)
+    for name in SIDE_FILES:
+        if os.path.lexists(directory / name) and name not in recorded:
+            raise CheckpointError(
+                "a file is not of this export, and would be read with it", file=directory / name, remedy="remove it"
+            )
+    report = directory / REPORT_NAME
+    if report.is_file():
+        _check_report(report, seal)
+    return entries
+
+
+def base_key(entries: Mapping[str, str]) -> str:
+    """What `lora_deploy.places` knows an export's base by: its weights and its configuration.
+
+    Args:
+        entries: The graph's `metadata_props`.
+    """
+    config = json.loads(entries.get(FILES_ENTRY, "{}")).get("config.json", "")
+    return hashlib.sha256(f"{entries.get('lora_deploy.base_sha256', '')}\n{config}".encode()).hexdigest()
+
+
+def recorded_files(entries: Mapping[str, str], file: Path) -> dict[str, str]:
+    """The SHA-256 of every file beside the graph, as the graph records it.
+
+    Args:
+        entries: The graph's `metadata_props`.
+        file: The graph's, for messages.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        recorded = json.loads(entries.get(FILES_ENTRY, "{}"))
+    except (ValueError, RecursionError):
+        recorded = None
+    if not isinstance(recorded, dict) or not all(map(_is_record, recorded, recorded.values())):
+        raise CheckpointError("what the model says of its files cannot be read", file=file, remedy="export again")
+    return recorded
+
+
+def _is_record(name: str, sha256: object) -> bool:
+    """A file in the export's directory or among its adapters, and a digest."""
+    parts = PurePosixPath(name).parts
+    inside = len(parts) == 1 or (len(parts) == 2 and parts[0] == ADAPTER_DIRECTORY)
+    plain = name == "/".join(parts) and not set(name) & {"\\", ":", "\0"} and ".." not in parts
+    return inside and plain and isinstance(sha256, str) and re.fullmatch(_HEX.decode(), sha256) is not None
+
+
+def _is_adapter(name: str) -> bool:
+    return name.startswith(f"{ADAPTER_DIRECTORY}/") and name.endswith(ADAPTER_SUFFIX)
+
+
+def _check_file(file: Path, sha256: str) -> None:
+    if not file.is_file():
+        raise CheckpointError("a file of the export is missing", file=file, remedy="export again")
+    found = hash_file(file)
+    if found != sha256:
+        raise CheckpointError(
+            "a file of the export is damaged, or was changed after the export",
+            file=file,
+            found=f"sha256 {found[:16]}…",
+            expected=f"sha256 {sha256[:16]}…",
+            remedy="export again",
+        )
+
+
+def _check_report(report: Path, seal: str) -> None:
+    content = report.read_bytes()
+    if seal_of(REPORT_NAME, content) is None:
+        raise CheckpointError(
+            "the parity report is damaged, or was changed after the check",
+            file=report,
+            expected="the bytes that its own report_sha256 is of",
+            remedy="remove it, and verify again",
+        )
+    if f'"model_sha256": "{seal}"'.encode() not in content:
+        raise CheckpointError(
+            "the parity report is of another export",
+            file=report,
+            expected=f"model_sha256 {seal[:16]}…",
+            remedy="remove it, and verify again",
+        )

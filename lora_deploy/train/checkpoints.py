@@ -75,10 +75,18 @@ def clear_output(output: Path) -> None:
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest whole checkpoint of a run. The Trainer's state is written last; without it, it is not whole."""
+    """The newest whole checkpoint of a run: the Trainer writes its state last, so one whose state can be read."""
     found = [path for path in (output / CHECKPOINTS).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    whole = [path for path in found if (path / _STATE).is_file() and (path / _OPTIONS).is_file()]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    newest_first = sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((path for path in newest_first if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """A process that was killed while it wrote a file leaves the file, empty or half written."""
+    try:
+        return all(_read(checkpoint / name) for name in (_STATE, _OPTIONS))
+    except CheckpointError:
+        return False
 
 
 def finished_steps(checkpoint: Path) -> int | None:

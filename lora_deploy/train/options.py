@@ -91,7 +91,7 @@ class TrainOptions(BaseModel):
     batch_size: int = Field(default=4, gt=0)
     gradient_accumulation: int = Field(default=1, gt=0)
     gradient_checkpointing: bool = False
-    learning_rate: float = Field(default=2e-4, gt=0)
+    learning_rate: float = Field(default=2e-4, gt=0, le=1e30)  # a larger one overflows inside the optimizer
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)

@@ -106,6 +106,7 @@ def test_the_result_is_printed_and_quiet_prints_nothing(
         ({"data": "missing.jsonl"}, [], 3, "missing.jsonl"),
         ({"model": "./nowhere"}, [], 3, "nowhere"),
         ({}, ["--rank", "0"], 2, "rank = 0"),
+        ({}, ["--learning-rate", "1e38"], 2, "learning_rate = 1e+38"),
         ({}, ["--quantization", "q4"], 2, "quantization = 'q4'"),
         ({}, ["--resume"], 2, "no checkpoint to resume"),
         ({}, ["--target-modules", "q_prj"], 3, "q_proj"),

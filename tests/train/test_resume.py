@@ -83,12 +83,17 @@ def test_the_bits_depend_on_the_whole_checkpoint(options: MakeOptions, lost: str
     assert (straight.output / ADAPTER).read_bytes() != expected
 
 
-def test_a_broken_checkpoint_is_passed_over(options: MakeOptions) -> None:
+@pytest.mark.parametrize("left", [None, 0, 100], ids=["no state", "an empty one", "half of it"])
+def test_a_broken_checkpoint_is_passed_over(options: MakeOptions, left: int | None) -> None:
     straight = options(max_steps=4)
     train_adapter(straight)
     expected = (straight.output / ADAPTER).read_bytes()
     cut_back(straight.output, 3)
-    (straight.output / "checkpoints" / "checkpoint-3" / "trainer_state.json").unlink()
+    state = straight.output / "checkpoints" / "checkpoint-3" / "trainer_state.json"
+    if left is None:
+        state.unlink()
+    else:
+        os.truncate(state, left)
     train_adapter(options(max_steps=4, resume=True))
     assert (straight.output / ADAPTER).read_bytes() == expected
 

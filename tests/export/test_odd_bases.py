@@ -145,7 +145,7 @@ def test_nothing_of_an_older_export_is_left_beside_a_new_one(checkpoint_dir: Che
 def test_a_quantization_that_cannot_be_read_is_bad_input(section: Any, own_checkpoint: CheckpointFactory) -> None:
     base = own_checkpoint("llama")
     _configure(base, quantization_config=section)
-    with pytest.raises(CheckpointError, match="cannot be read|of the wrong kind"):
+    with pytest.raises(CheckpointError, match=r"cannot be read|of the wrong kind"):
         TrainingBase(base)
 
 

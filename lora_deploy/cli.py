@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -46,22 +51,44 @@ def main() -> None:
 
     0 done; 1 a bug of ours; 2 usage; 3 bad or mismatched input; 4 parity failed; 5 could not write; 130 interrupted.
     """
-    try:
-        code = app(standalone_mode=False) or 0
-        if code == 130:  # typer's own answer to Ctrl-C, which says nothing
-            _fail("interrupted", code)
-    except typer.Abort:
-        code = _fail("interrupted", 130)
-    except KeyboardInterrupt:
-        code = _fail("interrupted", 130)
-    except LoraDeployError as error:
-        code = _fail(str(error), error.exit_code)
-    except Exception as error:
-        if not hasattr(error, "exit_code"):  # click's usage errors have one, and are bugs of nobody
-            raise
-        error.show()  # type: ignore[attr-defined]
-        code = int(error.exit_code)
+    with _noting_interrupts() as interrupts:
+        try:
+            code = app(standalone_mode=False) or 0
+            if code == 130:  # typer's own answer to Ctrl-C, which says nothing
+                _fail("interrupted", code)
+        except (typer.Abort, KeyboardInterrupt):
+            code = _fail("interrupted", 130)
+        except Exception as error:
+            if interrupts:
+                code = _fail("interrupted", 130)
+            elif isinstance(error, LoraDeployError):
+                code = _fail(str(error), error.exit_code)
+            elif hasattr(error, "exit_code"):  # click's usage errors have one, and are bugs of nobody
+                error.show()  # type: ignore[attr-defined]
+                code = int(error.exit_code)
+            else:
+                raise
     sys.exit(code)
+
+
+@contextmanager
+def _noting_interrupts() -> Iterator[list[int]]:
+    """The signals of Ctrl-C that came: compiled code (torch's) may make another exception of a KeyboardInterrupt."""
+    interrupts: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, or somebody's own
+    usual = usual and threading.current_thread() is threading.main_thread()
+    if usual:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        if usual:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _fail(message: str, code: int) -> int:

@@ -119,9 +119,10 @@ def commit(staging: Path, output: Path) -> None:
                 _move_files(staging, output)
         else:
             staging.rename(output)
-        sync(output.parent)
     except OSError as error:
         raise write_failure(output, error) from error
+    with suppress(OSError):  # it is there; without this a loss of power may bring the older one back, whole
+        sync(output.parent)
 
 
 def _can_rename(output: Path) -> bool:

@@ -140,7 +140,6 @@ def write_onnx_adapter(adapter: LoraAdapter, manifest: Manifest, directory: str 
         seal_adapter(partial)
         sync(partial)
         partial.replace(file)
-        sync(file.parent)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -148,6 +147,8 @@ def write_onnx_adapter(adapter: LoraAdapter, manifest: Manifest, directory: str 
         if isinstance(error, (OSError, RuntimeError)):  # the latter is what onnxruntime makes of a full disk
             raise OutputError("the adapter could not be written", file=file, found=str(error)) from error
         raise
+    with suppress(OSError):  # it is there, whatever a loss of power may bring back
+        sync(file.parent)
     return file
 
 

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["ANY", "REMOVAL", "SPACE", "Call", "Ended", "Fault", "Faulty", "Running", "build_shim", "start_server"]
 
@@ -37,6 +37,7 @@ class Fault(NamedTuple):
         mode: "once" or "staying" to fail with `error`, from then on; "kill", "stop" or "interrupt" for a signal.
         error: Such as errno.ENOSPC.
         kinds: Which calls count: SPACE (what a full disk refuses), REMOVAL, ANY.
+        exchange: Whether two directories can change places, as they can on Linux's own file systems.
     """
 
     prefix: Path
@@ -44,6 +45,7 @@ class Fault(NamedTuple):
     mode: str = "once"
     error: int = errno.ENOSPC
     kinds: int = ANY
+    exchange: bool = True
 
 
 class Call(NamedTuple):
@@ -155,12 +157,15 @@ class Faulty:
             env: Changes of the environment.
         """
         place = Path(tempfile.mkdtemp(dir=self._directory))
-        request = {name: str(place / name) for name in ("out", "err", "raised")} | {
+        request: dict[str, Any] = {name: str(place / name) for name in ("out", "err", "raised")} | {
             "argv": [str(one) for one in argv],
             "env": dict(env or {}),
             "cwd": str(cwd or Path.cwd()),
-            "arm": arm and [str(arm.prefix), arm.k, _MODES[arm.mode], arm.error, arm.kinds, str(place / "log")],
+            "arm": None,
         }
+        if arm is not None:
+            rule = [str(arm.prefix), arm.k, _MODES[arm.mode], arm.error, arm.kinds]
+            request["arm"] = [*rule, str(place / "log"), int(not arm.exchange)]
         connection = socket.socket(socket.AF_UNIX)
         connection.connect("\0" + self._name)
         connection.sendall(json.dumps(request).encode() + b"\n")

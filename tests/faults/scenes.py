@@ -16,23 +16,28 @@ from tests.commands import tree
 from tests.conftest import random_adapter, tiny_model
 from tests.faults.forks import ANY, Call, Ended, Fault, Faulty, Running
 
-__all__ = ["KINDS", "Scene", "SceneFactory", "assert_one_message_or_none", "make_scenes"]
+__all__ = ["Scene", "SceneFactory", "assert_one_message_or_none", "make_scenes"]
 
 SceneFactory = Callable[..., "Scene"]
 Tree = dict[str, tuple[int, str]]
-_WAYS = {"merge": ["--merge"], "branch": ["--branch"], "convert": ["--branch"]}
-KINDS = list(_WAYS)
+_WAYS = {
+    "merge": ["--merge", "--no-verify"],
+    "verified": ["--merge"],
+    "branch": ["--branch", "--no-verify"],
+    "convert": ["--branch", "--no-verify"],
+}
 
 
 class Scene:
     """A command that replaces an output, as often as it is asked to.
 
     Args:
-        kind: "merge" or "branch" to export, "convert" to add an adapter to a hot-swap export.
+        kind: "merge", "verified" (merged) or "branch" to export, "convert" to add an adapter to a hot-swap export.
         new: Whether nothing is there before.
         base: Of all exports.
         root: An empty directory.
         faulty: Runs the command.
+        exchange: As in `Fault`.
 
     Attributes:
         place: The parent of the output.
@@ -41,8 +46,8 @@ class Scene:
         calls: The calls of the undisturbed one that change files.
     """
 
-    def __init__(self, kind: str, new: bool, base: Path, root: Path, faulty: Faulty) -> None:
-        self.kind, self.new, self.faulty = kind, new, faulty
+    def __init__(self, kind: str, new: bool, base: Path, root: Path, faulty: Faulty, exchange: bool = True) -> None:
+        self.kind, self.new, self.faulty, self.exchange = kind, new, faulty, exchange
         self.place, self.output, self.base = root / "place", root / "place" / "out", base
         self.adapters = [root / name for name in ("one", "two", "three")]
         self._older = root / "older"
@@ -59,14 +64,14 @@ class Scene:
 
     def _export(self, adapters: list[Path]) -> list[object]:
         asked: list[object] = ["export", "--model", self.base, "--output", self.output, *_WAYS[self.kind]]
-        asked += ["--quantization", "nf4", "--no-verify", "--overwrite", "--quiet"]
+        asked += ["--quantization", "nf4", "--overwrite", "--quiet"]
         return asked + [part for adapter in adapters for part in ("--adapter", adapter)]
 
     def command(self) -> list[object]:
         """The command line."""
         if self.kind == "convert":
             return ["adapter", "convert", self.adapters[1], "--export", self.output, "--overwrite", "--quiet"]
-        return self._export(self.adapters[1:2] if self.kind == "merge" else self.adapters[1:])
+        return self._export(self.adapters[1:] if self.kind == "branch" else self.adapters[1:2])
 
     def another(self, method: str = "nf4") -> list[object]:
         """An export of yet another adapter into the same output."""
@@ -83,7 +88,7 @@ class Scene:
         self, k: int = 0, mode: str = "once", error: int = 0, kinds: int = ANY, cwd: Path | None = None
     ) -> Running:
         """Start the command with a fault in the place of the output."""
-        return self.faulty.start(*self.command(), arm=Fault(self.place, k, mode, error, kinds), cwd=cwd)
+        return self.faulty.start(*self.command(), arm=Fault(self.place, k, mode, error, kinds, self.exchange), cwd=cwd)
 
     def run(self, k: int = 0, mode: str = "once", error: int = 0, kinds: int = ANY) -> Ended:
         """The same, until it has ended."""
@@ -103,11 +108,12 @@ class Scene:
         """ "old" or "new" if the output is whole, else what it is a mixture of.
 
         Args:
-            leftovers: Whether hidden files may lie about, which the next command removes.
+            leftovers: Whether hidden files may lie about, and weights that the graph does not name, which the next
+                command removes.
         """
         found = tree(self.place)
         if leftovers:
-            found = {name: value for name, value in found.items() if not self._hidden(name)}
+            found = {name: value for name, value in found.items() if not self._is_leftover(name)}
         if found == self.before:
             return "old"
         if found == self.after:
@@ -121,9 +127,11 @@ class Scene:
         missing = sorted((self.before.keys() & self.after.keys()) - found.keys())
         return f"mixed: old {old}, new {new}, strange {strange}, missing {missing}"
 
-    @staticmethod
-    def _hidden(name: str) -> bool:
-        return any(part.startswith(".") for part in Path(name).parts)
+    def _is_leftover(self, name: str) -> bool:
+        path, graph = self.place / name, self.output / "model.onnx"
+        if any(part.startswith(".") for part in Path(name).parts):
+            return True
+        return path.suffix == ".data" and graph.is_file() and path.name.encode() not in graph.read_bytes()
 
     def recovers(self) -> str:
         """Run the command undisturbed over what is there; "new", or what was wrong."""
@@ -140,13 +148,14 @@ def assert_one_message_or_none(ended: Ended, *codes: int) -> None:
 
 
 def make_scenes(base: Path, faulty: Faulty, tmp_path_factory: pytest.TempPathFactory) -> SceneFactory:
-    """`scene(kind, new=False)`: made once, as it is before its command."""
-    made: dict[tuple[str, bool], Scene] = {}
+    """`scene(kind, new=False, exchange=True)`: made once, as it is before its command."""
+    made: dict[tuple[str, bool, bool], Scene] = {}
 
-    def make(kind: str, new: bool = False) -> Scene:
-        if (kind, new) not in made:
-            made[kind, new] = Scene(kind, new, base, tmp_path_factory.mktemp(f"scene-{kind}"), faulty)
-        made[kind, new].reset()
-        return made[kind, new]
+    def make(kind: str, new: bool = False, exchange: bool = True) -> Scene:
+        key = (kind, new, exchange)
+        if key not in made:
+            made[key] = Scene(kind, new, base, tmp_path_factory.mktemp(f"scene-{kind}"), faulty, exchange)
+        made[key].reset()
+        return made[key]
 
     return make

@@ -82,8 +82,8 @@ def _run(request: dict[str, Any]) -> None:
     code = 1
     try:
         if request["arm"] is not None:
-            prefix, k, mode, error, kinds, log = request["arm"]
-            ctypes.CDLL(None).fault_arm(prefix.encode(), ctypes.c_long(k), mode, error, kinds, log.encode())
+            prefix, k, mode, error, kinds, log, plain = request["arm"]
+            ctypes.CDLL(None).fault_arm(prefix.encode(), ctypes.c_long(k), mode, error, kinds, log.encode(), plain)
         code = _main(request["argv"], Path(request["raised"]))
     except BaseException:
         traceback.print_exc()

@@ -27,7 +27,7 @@ enum { ONCE, STAYING, KILLED, STOPPED, INTERRUPTED };      /* what happens at th
 static char prefix[PATH_MAX];
 static size_t prefix_length;
 static long fault_k;
-static int fault_mode, fault_error, fault_kinds, log_fd = -1;
+static int fault_mode, fault_error, fault_kinds, no_exchange, log_fd = -1;
 static atomic_long count;
 
 #define REAL(name) \
@@ -39,13 +39,14 @@ static ssize_t plain_write(int fd, const void *data, size_t size) {
     return real(fd, data, size);
 }
 
-/* Arm: paths under `directory`, the k-th call of `kinds` (0 for none, only count), its mode and errno, and a log. */
-void fault_arm(const char *directory, long k, int mode, int error, int kinds, const char *log) {
+/* Arm: paths under `directory`, the k-th call of `kinds` (0 for none, only count), its mode and errno, and a log.
+ * `plain` for a file system that has no renameat2. */
+void fault_arm(const char *directory, long k, int mode, int error, int kinds, const char *log, int plain) {
     REAL(open);
     int fd = real(log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
     log_fd = fcntl(fd, F_DUPFD_CLOEXEC, 700); /* out of the way of whoever expects the next free number */
     close(fd);
-    fault_k = k, fault_mode = mode, fault_error = error, fault_kinds = kinds, count = 0;
+    fault_k = k, fault_mode = mode, fault_error = error, fault_kinds = kinds, no_exchange = plain, count = 0;
     snprintf(prefix, sizeof prefix, "%s", directory);
     prefix_length = strlen(prefix);
 }
@@ -198,11 +199,22 @@ ON_PATH(fchmodat, ATTRIBUTE, directory, (int directory, const char *path, mode_t
         (directory, path, mode, flags))
 ON_TWO(rename, AT_FDCWD, AT_FDCWD, (const char *path, const char *target), (path, target))
 ON_TWO(renameat, from, to, (int from, const char *path, int to, const char *target), (from, path, to, target))
-ON_TWO(renameat2, from, to, (int from, const char *path, int to, const char *target, unsigned int flags),
-       (from, path, to, target, flags))
 ON_TWO(link, AT_FDCWD, AT_FDCWD, (const char *path, const char *target), (path, target))
 ON_TWO(linkat, from, to, (int from, const char *path, int to, const char *target, int flags),
        (from, path, to, target, flags))
+
+static int fault_exchange(int from, const char *path, int to, const char *target, unsigned int flags) {
+    if (no_exchange && flags) {
+        errno = EINVAL;
+        return -1;
+    }
+    return fault_two("renameat2", from, path, to, target);
+}
+
+int renameat2(int from, const char *path, int to, const char *target, unsigned int flags) {
+    REAL(renameat2);
+    return fault_exchange(from, path, to, target, flags) ? -1 : real(from, path, to, target, flags);
+}
 
 /* What a link points to is no path that changes. */
 int symlink(const char *text, const char *path) {
@@ -230,7 +242,7 @@ int posix_fallocate64(int fd, off64_t at, off64_t size) {
     return fault_fd("posix_fallocate64", SPACE, fd) ? errno : real(fd, at, size);
 }
 
-/* Python has no renameat2 of its own: ctypes calls it by number. */
+/* A C library without renameat2 is called by number. */
 long syscall(long number, ...) {
     REAL(syscall);
     long given[6];
@@ -239,7 +251,7 @@ long syscall(long number, ...) {
     for (int index = 0; index < 6; index++) given[index] = va_arg(rest, long);
     va_end(rest);
     if (number == SYS_renameat2 &&
-        fault_two("renameat2", (int)given[0], (const char *)given[1], (int)given[2], (const char *)given[3]))
+        fault_exchange((int)given[0], (const char *)given[1], (int)given[2], (const char *)given[3], (unsigned)given[4]))
         return -1;
     return real(number, given[0], given[1], given[2], given[3], given[4], given[5]);
 }

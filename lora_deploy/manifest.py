@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from lora_deploy.bounds import AdapterName, Name, Row, Size, first_fault
+from lora_deploy.bounds import AdapterName, Name, Size, first_fault
 from lora_deploy.errors import CheckpointError
+from lora_deploy.slots import Entry, Slot
 from lora_deploy.task import Task
 
 __all__ = [
@@ -24,14 +25,11 @@ __all__ = [
     "BranchKind",
     "CodedWeight",
     "Manifest",
-    "Slot",
-    "SlotPart",
     "StoredModule",
     "read_metadata",
 ]
 
 BranchKind = Literal["fixed", "hot-swap", "pooled"]
-_Rank = TypeVar("_Rank", int, str)
 
 # Where an export keeps the adapters that it can be given: adapters/NAME.onnx_adapter.
 ADAPTER_DIRECTORY, ADAPTER_SUFFIX = "adapters", ".onnx_adapter"
@@ -51,11 +49,7 @@ def read_metadata(directory: str | Path) -> dict[str, str]:
     return metadata_of(read_graph(file), file)
 
 
-class _Entry(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class StoredModule(_Entry):
+class StoredModule(Entry):
     """One linear layer whose quantized weight is in the graph.
 
     Attributes:
@@ -69,7 +63,7 @@ class StoredModule(_Entry):
     sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?\z")
 
 
-class CodedWeight(_Entry):
+class CodedWeight(Entry):
     """One matrix product of the graph whose weight is kept as codes.
 
     Attributes:
@@ -109,96 +103,6 @@ class CodedWeight(_Entry):
         return sum(module.shape[0] for module in self.modules), self.modules[0].shape[1]
 
 
-class SlotPart(_Entry):
-    """Consecutive outputs of a slot that are rows of one linear layer.
-
-    Attributes:
-        module: The layer, by its name in the transformers model.
-        rows: (start, stop) of its rows, or all of them one by one where they are not in order.
-    """
-
-    module: Name
-    rows: tuple[Row, ...]
-    in_order: bool = True
-
-    @model_validator(mode="after")
-    def _a_range_is_two(self) -> SlotPart:
-        if self.in_order and (len(self.rows) != 2 or self.rows[0] > self.rows[1]):
-            raise ValueError(f"{self.module}: rows in order are (start, stop), not {self.rows[:4]}")
-        return self
-
-    def indices(self) -> range | tuple[int, ...]:
-        """The rows, in order."""
-        return range(self.rows[0], self.rows[1]) if self.in_order else self.rows
-
-
-class Slot(_Entry):
-    """A place of the graph where an adapter's branch stands beside the base: x @ A @ B is added to its product.
-
-    Attributes:
-        name: Of the site.
-        inputs: Width of x; A is (inputs, rank).
-        outputs: Width of the product; B is (rank, outputs), scaling included.
-        parts: Which layer each output belongs to, in order.
-        int8_blocks: Where A and B are stored as int8 codes: how many of them share a float32 scale, in A, along the
-            inputs, and in B, along the outputs. None where they are stored as floats that the graph computes with.
-    """
-
-    name: Name
-    inputs: Size
-    outputs: Size
-    parts: tuple[SlotPart, ...]
-    int8_blocks: tuple[Size, Size] | None = None
-
-    @model_validator(mode="after")
-    def _parts_and_blocks_fit(self) -> Slot:
-        parts = sum(len(part.indices()) for part in self.parts)
-        if parts != self.outputs:
-            raise ValueError(f"{self.name}: its parts are {parts:,} outputs, not {self.outputs:,}")
-        for size, block in zip((self.inputs, self.outputs), self.int8_blocks or (1, 1), strict=True):
-            if size % block:
-                raise ValueError(f"{self.name}: blocks of {block} do not divide {size}")
-        return self
-
-    @property
-    def matrix_names(self) -> tuple[str, str]:
-        """The names of A and B. No dots: clients take an input with ".key" or ".value" in its name for a cache."""
-        path = self.name.replace(".", "/")
-        return f"{path}/lora_A", f"{path}/lora_B"
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """The names of the tensors that hold A and B: their own, or those of codes and scales of A and then of B."""
-        if self.int8_blocks is None:
-            return self.matrix_names
-        return tuple(f"{name}_{part}" for name in self.matrix_names for part in ("codes", "scales"))
-
-    def input_shapes(self, rank: _Rank) -> tuple[tuple[int | _Rank, ...], ...]:
-        """The shapes of these tensors in a graph whose slots take any adapter.
-
-        Args:
-            rank: A number or a name.
-        """
-        if self.int8_blocks is None:
-            return (self.inputs, rank), (rank, self.outputs)
-        block_a, block_b = self.int8_blocks
-        blocks_a, blocks_b = self.inputs // block_a, self.outputs // block_b
-        return (blocks_a, block_a, rank), (blocks_a, 1, rank), (rank, blocks_b, block_b), (rank, blocks_b, 1)
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """The layers, each once, in order."""
-        return tuple(dict.fromkeys(part.module for part in self.parts))
-
-    def places(self, module: str) -> Iterator[tuple[slice, list[int]]]:
-        """Where a layer's outputs are: columns of B, and the rows of the layer that they are."""
-        column = 0
-        for part in self.parts:
-            start, column = column, column + len(part.indices())
-            if part.module == module:
-                yield slice(start, column), list(part.indices())
-
-
 _CODED = TypeAdapter(tuple[CodedWeight, ...])
 _SLOTS = TypeAdapter(tuple[Slot, ...])
 _NAMES = TypeAdapter(tuple[AdapterName, ...])
@@ -209,7 +113,7 @@ def _dump_slots(slots: tuple[Slot, ...]) -> str:
     return _SLOTS.dump_json(slots, exclude_none=True).decode()
 
 
-class Manifest(_Entry):
+class Manifest(Entry):
     """What a graph holds.
 
     Attributes:

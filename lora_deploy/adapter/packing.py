@@ -11,7 +11,7 @@ import torch
 from lora_deploy.adapter.adapter import LoraAdapter, LoraUpdate
 from lora_deploy.adapter.int8 import dequantize, join_blocks, quantize_a, quantize_b
 from lora_deploy.errors import AdapterError
-from lora_deploy.manifest import Slot
+from lora_deploy.slots import Slot
 
 __all__ = [
     "Strip",

@@ -12,7 +12,7 @@ from lora_deploy.adapter.int8 import choose_blocks
 from lora_deploy.adapter.packing import Strip, cast_branch, pack_slot, pack_strips, packed_rank
 from lora_deploy.export.int8_branch import add_int8_matrices
 from lora_deploy.export.sites import LinearSite, Product, constant
-from lora_deploy.manifest import Slot, SlotPart
+from lora_deploy.slots import Slot, SlotPart
 
 __all__ = ["ADAPTER_IDS", "AdapterChoice", "add_branch", "add_slot_inputs", "make_slot", "stream_branches"]
 

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from lora_deploy.adapter.packing import Strip
 from lora_deploy.export.sites import constant
-from lora_deploy.manifest import Slot
+from lora_deploy.slots import Slot
 
 __all__ = ["add_int8_matrices"]
 

@@ -25,7 +25,8 @@ from lora_deploy.export.sites import (
     replace_site,
     share_initializers,
 )
-from lora_deploy.manifest import BranchKind, CodedWeight, Slot
+from lora_deploy.manifest import BranchKind, CodedWeight
+from lora_deploy.slots import Slot
 
 __all__ = ["Branches", "Lowered", "dense_product", "fuse_silu", "lower_graph"]
 

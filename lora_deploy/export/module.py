@@ -36,7 +36,8 @@ from lora_deploy.export.source import SourceChoice
 from lora_deploy.export.ties import check_tables
 from lora_deploy.export.traced import DTYPES, finish_trace, trace_module
 from lora_deploy.layers.model import adapted_layers
-from lora_deploy.manifest import BranchKind, Slot
+from lora_deploy.manifest import BranchKind
+from lora_deploy.slots import Slot
 
 __all__ = ["Examples", "name_outputs", "plan_module"]
 

@@ -24,7 +24,8 @@ from lora_deploy.export.lower import Lowered
 from lora_deploy.export.outputs import OutputChange
 from lora_deploy.export.traced import DTYPES, finish_trace, trace_module, unfilled_model
 from lora_deploy.export.writer import INLINE_BYTES, write_model
-from lora_deploy.manifest import CodedWeight, Manifest, Slot
+from lora_deploy.manifest import CodedWeight, Manifest
+from lora_deploy.slots import Slot
 from lora_deploy.task import Task
 
 __all__ = ["DECODER", "ENCODER", "PARTS", "WITH_PAST", "check_seq2seq", "join_parts", "trace_parts", "write_parts"]

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_deploy.errors import AdapterError
-from lora_deploy.manifest import Manifest, Slot
+from lora_deploy.manifest import Manifest
 from lora_deploy.run.adapter_format import MalformedAdapterError, parse_adapter
 from lora_deploy.run.interface import first_line
 from lora_deploy.run.session import numpy_dtype
+from lora_deploy.slots import Slot
 
 __all__ = ["Tensors", "read_onnx_adapter", "read_tensors"]
 

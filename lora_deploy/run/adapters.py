@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_deploy.errors import UsageError
-from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, Slot
+from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest
 from lora_deploy.run.adapter_files import Tensors, read_onnx_adapter
 from lora_deploy.run.session import OnnxSession, numpy_dtype
+from lora_deploy.slots import Slot
 
 __all__ = ["Adapters", "blend_adapters", "find_adapters"]
 

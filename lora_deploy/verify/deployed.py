@@ -28,9 +28,10 @@ from lora_deploy.export.coded import decode, initializer_shapes
 from lora_deploy.export.merge import MergedParameters
 from lora_deploy.export.ties import changed_tables
 from lora_deploy.layers.model import lora_layers
-from lora_deploy.manifest import CodedWeight, Manifest, Slot, StoredModule
+from lora_deploy.manifest import CodedWeight, Manifest, StoredModule
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.run.interface import first_line
+from lora_deploy.slots import Slot
 from lora_deploy.verify.reference import apply_live, load_twin, put_parameters
 
 __all__ = [

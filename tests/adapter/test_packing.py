@@ -12,7 +12,7 @@ from lora_deploy.adapter.int8 import choose_blocks, dequantize
 from lora_deploy.adapter.packing import Strip, deployed_adapter, pack_slot, pack_slots, pack_strips, slot_strips
 from lora_deploy.config import LoraConfig
 from lora_deploy.errors import AdapterError
-from lora_deploy.manifest import Slot, SlotPart
+from lora_deploy.slots import Slot, SlotPart
 
 _WIDTHS = {"q": 64, "k": 32, "v": 32}
 

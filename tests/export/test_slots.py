@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from lora_deploy.export import export_onnx
-from lora_deploy.manifest import Manifest, Slot, SlotPart
+from lora_deploy.manifest import Manifest
 from lora_deploy.run import OnnxSession
 from lora_deploy.run.adapters import Adapters
+from lora_deploy.slots import Slot, SlotPart
 from lora_deploy.verify.batches import make_batches
 from tests.commands import tree
 from tests.conftest import TINY_FAMILIES, VOCABULARY

@@ -262,7 +262,10 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Compare an export with the model that was trained, anew."""
+    from lora_deploy.integrity import check_files
+
     check_inputs(model)
+    checked = check_files(directory)
     console = make_console(quiet, as_json)
     with show_progress(console) as on_progress:
         from lora_deploy.verify import verify as check
@@ -275,6 +278,7 @@ def verify(
             weights=cast("Weights", weights),
             data=compare_on,
             max_kl=max_kl,
+            checked=checked,
             on_progress=on_progress,
         )
     print_report(console, report)

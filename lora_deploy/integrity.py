@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lora_deploy.entries import FILES_ENTRY, recorded_files
 from lora_deploy.errors import CheckpointError
-from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, read_metadata
+from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest, read_metadata
 
 __all__ = [
     "DATA_PATTERN",
@@ -28,6 +28,8 @@ __all__ = [
     "UNSEALED",
     "base_key",
     "check_files",
+    "converted_later",
+    "find_adapters",
     "hash_file",
     "seal_bytes",
     "seal_of",
@@ -97,7 +99,7 @@ def seal_of(name: str, content: bytes) -> str | None:
 def check_files(directory: Path) -> dict[str, str]:
     """Make sure that every file of an export is the one that was written.
 
-    Adapters are left to `lora_deploy.run.adapter_files.check_sealed`, for one may have been converted later.
+    An adapter may have been converted later: then it has its own seal, and must be for this graph.
 
     Args:
         directory: The export.
@@ -106,8 +108,11 @@ def check_files(directory: Path) -> dict[str, str]:
         The graph's `metadata_props`.
 
     Raises:
-        CheckpointError: A file is missing, damaged, or of another export.
+        InputError: A file is missing, damaged, or of another export.
     """
+    from lora_deploy.run.adapter_files import read_onnx_adapter
+    from lora_deploy.run.adapter_seal import check_sealed
+
     file = directory / MODEL_NAME
     entries = read_metadata(directory)
     if FILES_ENTRY not in entries:
@@ -132,7 +137,30 @@ def check_files(directory: Path) -> dict[str, str]:
     report = directory / REPORT_NAME
     if report.is_file():
         _check_report(report, seal)
+    adapters = find_adapters(directory)
+    for name in sorted(converted_later(directory, entries)):
+        check_sealed(adapters[name])
+        read_onnx_adapter(adapters[name], Manifest.read(entries, file))
     return entries
+
+
+def find_adapters(directory: Path) -> dict[str, Path]:
+    """The adapter files of an export, by name."""
+    files = sorted((directory / ADAPTER_DIRECTORY).glob(f"*{ADAPTER_SUFFIX}"))
+    files = [file for file in files if file.is_file() and not file.name.startswith(".")]
+    return {file.name.removesuffix(ADAPTER_SUFFIX): file for file in files}
+
+
+def converted_later(directory: Path, entries: Mapping[str, str]) -> set[str]:
+    """The adapters whose files are not those of the export, by name.
+
+    Args:
+        directory: The export.
+        entries: The graph's `metadata_props`.
+    """
+    recorded = recorded_files(entries, directory / MODEL_NAME)
+    files = find_adapters(directory).items()
+    return {name for name, file in files if recorded.get(f"{ADAPTER_DIRECTORY}/{file.name}") != hash_file(file)}
 
 
 def base_key(entries: Mapping[str, str]) -> str:

@@ -16,7 +16,6 @@ from lora_deploy.export.onnx_adapter import convert_adapter
 from lora_deploy.integrity import FILES_ENTRY, check_files, hash_file, recorded_files, seal_bytes, seal_of
 from lora_deploy.manifest import read_metadata
 from lora_deploy.run.adapter_seal import check_sealed
-from lora_deploy.verify.verify import read_provenance
 from tests.commands import Command, assert_one_message, command
 from tests.export.conftest import SHORT, BranchExport, BranchFactory, branch_export
 from tests.sealed import reseal, save_graph
@@ -43,7 +42,7 @@ def test_the_graph_records_every_other_file(made: Path) -> None:
     files = {path.relative_to(made).as_posix(): path for path in made.rglob("*") if path.is_file()}
     assert set(files) - set(recorded) == {"model.onnx", "parity.json"}
     assert recorded == {name: hash_file(files[name]) for name in recorded}
-    assert read_provenance(made) == read_metadata(made)
+    assert check_files(made) == read_metadata(made)
 
 
 def _data(directory: Path) -> Path:
@@ -125,14 +124,14 @@ def test_nothing_of_another_export_and_nothing_that_was_changed_passes(
 
 def test_a_file_of_the_users_is_nobodys_business(made: Path) -> None:
     (made / "notes.txt").write_text("mine")
-    assert read_provenance(made)
+    assert check_files(made)
 
 
 def test_an_adapter_that_was_converted_later_is_sealed(made: Path, branch_export: BranchFactory) -> None:
     """Every bit of the file counts, padding included."""
     adapter = branch_export("llama", "nf4", adapters=TWO).adapters["two"]
     file = convert_adapter(adapter, made, "later")
-    read_provenance(made)
+    check_files(made)
     whole = file.read_bytes()
     for place in [*range(0, 64), *range(64, len(whole), len(whole) // 97)]:
         content = bytearray(whole)

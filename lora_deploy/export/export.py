@@ -36,14 +36,13 @@ from lora_deploy.export.source import SourceChoice
 from lora_deploy.export.ties import note_ties
 from lora_deploy.export.weights import largest_first, stream_constants, stream_weights
 from lora_deploy.export.writer import write_data, write_model
-from lora_deploy.integrity import base_key, hash_file
+from lora_deploy.integrity import base_key, find_adapters, hash_file
 from lora_deploy.manifest import BranchKind
 from lora_deploy.places import remember_place
 from lora_deploy.quantization.hashes import combine_hashes
 from lora_deploy.requantize.budget import spend_budget
 from lora_deploy.requantize.options import Requantization
 from lora_deploy.requantize.text import Text, pick_text, rows_taken
-from lora_deploy.run.adapters import find_adapters
 from lora_deploy.targets import note_operators
 
 if TYPE_CHECKING:

@@ -10,12 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_deploy.errors import UsageError
-from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest
+from lora_deploy.integrity import find_adapters
+from lora_deploy.manifest import ADAPTER_SUFFIX, Manifest
 from lora_deploy.run.adapter_files import Tensors, read_onnx_adapter
 from lora_deploy.run.session import OnnxSession, numpy_dtype
 from lora_deploy.slots import Slot
 
-__all__ = ["Adapters", "blend_adapters", "find_adapters"]
+__all__ = ["Adapters", "blend_adapters"]
 
 
 class Adapters:
@@ -148,13 +149,6 @@ class Adapters:
             expected=f"nothing: what it was exported with {how}",
             remedy="export with --branch to be able to choose",
         )
-
-
-def find_adapters(directory: Path) -> dict[str, Path]:
-    """The adapter files of an export, by name."""
-    files = sorted((directory / ADAPTER_DIRECTORY).glob(f"*{ADAPTER_SUFFIX}"))
-    files = [file for file in files if file.is_file() and not file.name.startswith(".")]
-    return {file.name.removesuffix(ADAPTER_SUFFIX): file for file in files}
 
 
 def blend_adapters(adapters: Mapping[str, Tensors], weights: Mapping[str, float], manifest: Manifest) -> Tensors:

@@ -16,12 +16,12 @@ from lora_deploy.adapter import LoraAdapter
 from lora_deploy.adapter.packing import pack_slots, pack_strips
 from lora_deploy.errors import CheckpointError, ParityError
 from lora_deploy.export.coded import decode, encode, initializer_shapes
+from lora_deploy.integrity import find_adapters
 from lora_deploy.manifest import CodedWeight, Manifest, StoredModule
 from lora_deploy.quantization import QuantizedWeight
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.run.adapter_files import read_onnx_adapter
-from lora_deploy.run.adapters import find_adapters
 from lora_deploy.verify.deployed import check_stored, flat_initializer, split_modules
 
 __all__ = ["CodesResult", "check_adapter_codes", "check_codes"]

@@ -19,6 +19,7 @@ from lora_deploy.export.merge import drop_copies, hash_adapter
 from lora_deploy.export.module import Examples, name_inputs, name_outputs
 from lora_deploy.export.module_base import ModuleBase
 from lora_deploy.export.traced import DTYPES
+from lora_deploy.integrity import check_files
 from lora_deploy.layers.model import adapted_layers
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.session import OnnxSession, numpy_dtype
@@ -29,7 +30,7 @@ from lora_deploy.verify.reference import apply_live
 from lora_deploy.verify.report import CaseResult, Metrics, ParityReport
 from lora_deploy.verify.sessions import open_sessions
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
-from lora_deploy.verify.verify import expect_same, read_provenance
+from lora_deploy.verify.verify import expect_same
 
 __all__ = ["check_module", "verify_module"]
 
@@ -59,7 +60,7 @@ def verify_module(
         ParityError: The codes in the export are not the module's.
     """
     directory = Path(directory)
-    entries, graph = read_provenance(directory), directory / "model.onnx"
+    entries, graph = check_files(directory), directory / "model.onnx"
     base = ModuleBase(module, name_inputs(module, example_inputs))
     expect_same(base.sha256(), recorded_text(entries, "base_sha256", graph), "module", base.directory, "module")
     if adapter is None:

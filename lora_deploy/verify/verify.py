@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from lora_deploy.adapter import LoraAdapter, TrainingRecord, read_adapter
-from lora_deploy.entries import recorded_adapters, recorded_base, recorded_files, recorded_scheme, recorded_text
+from lora_deploy.entries import recorded_adapters, recorded_base, recorded_scheme, recorded_text
 from lora_deploy.errors import CheckpointError, InputError, UsageError
 from lora_deploy.export.merge import drop_copies, hash_adapter, open_base
-from lora_deploy.integrity import MODEL_NAME, base_key, check_files, hash_file
+from lora_deploy.integrity import MODEL_NAME, base_key, check_files, converted_later, find_adapters
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest
 from lora_deploy.places import find_place, remember_place
-from lora_deploy.run.adapter_files import read_onnx_adapter
-from lora_deploy.run.adapter_seal import check_sealed
-from lora_deploy.run.adapters import find_adapters
 from lora_deploy.run.session import Weights, check_weights
 from lora_deploy.verify.parity import check_parity
 from lora_deploy.verify.report import ParityReport, check_comparison
 
-__all__ = ["expect_same", "read_provenance", "verify"]
+__all__ = ["expect_same", "verify"]
 
 
 def verify(
@@ -34,6 +31,7 @@ def verify(
     weights: Weights = "stored",
     data: Path | None = None,
     max_kl: float | None = None,
+    checked: Mapping[str, str] | None = None,
     on_progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> ParityReport:
     """Compare an export with the base and the adapters it was made from.
@@ -49,6 +47,7 @@ def verify(
         weights: How weights that are kept as codes run, as `OnnxSession` takes it.
         data: JSONL text to compare deployed with trained weights on; None for the training data, where it is known.
         max_kl: The gate also asks that they differ by no more, in nats a token, on any text; None for no limit.
+        checked: What `lora_deploy.integrity.check_files` gave, where it was called just now; None to call it.
         on_progress: Is told the task, how much is done and of how much.
 
     Raises:
@@ -61,7 +60,7 @@ def verify(
         raise UsageError("there is no such provider", found=provider, expected="cpu or cuda")
     check_weights(weights)
     check_comparison(data, max_kl)
-    entries = read_provenance(directory)
+    entries = check_files(directory) if checked is None else checked
     if entries.get("lora_deploy.task") == "module":
         raise UsageError(
             "this export was made from a torch module in memory, which only Python has",
@@ -76,7 +75,7 @@ def verify(
         base = open_base(base_model, scheme, read.values())
     expect_same(base.sha256(), recorded_text(entries, "base_sha256", graph), "base", base.directory, "--model")
     adapters = {name: drop_copies(lora, base) for name, lora in read.items()}
-    _expect_adapters({name: adapters[name] for name in adapters.keys() - _converted_later(directory, entries)}, entries)
+    _expect_adapters({name: adapters[name] for name in adapters.keys() - converted_later(directory, entries)}, entries)
     _remember(base.directory, adapters, entries)
     records = [TrainingRecord.load(lora.source) for lora in adapters.values()]
     report = check_parity(
@@ -109,7 +108,7 @@ def _read_adapters(
     recorded = recorded_adapters(entries, directory / "model.onnx")
     manifest = Manifest.read(entries, directory / "model.onnx")
     files = find_adapters(directory) if manifest.branch == "hot-swap" else {}
-    known, replaced = set(recorded) | set(files), _converted_later(directory, entries)
+    known, replaced = set(recorded) | set(files), converted_later(directory, entries)
     if given is None:
         places: dict[str, str | Path | None] = dict.fromkeys(recorded)
     elif isinstance(given, Mapping):
@@ -234,25 +233,3 @@ def expect_same(found: str, expected: str, what: str, file: str | Path, option: 
             expected=f"sha256 {expected[:16]}…",
             remedy=f"name the right one with {option}",
         )
-
-
-def read_provenance(directory: Path) -> dict[str, str]:
-    """The export's `metadata_props`, after all of its files have been found to be those that were written.
-
-    Raises:
-        InputError: A file is missing, damaged, or of another export.
-    """
-    entries = check_files(directory)
-    manifest = Manifest.read(entries, directory / MODEL_NAME)
-    files = find_adapters(directory)
-    for name in sorted(_converted_later(directory, entries)):
-        check_sealed(files[name])
-        read_onnx_adapter(files[name], manifest)
-    return entries
-
-
-def _converted_later(directory: Path, entries: Mapping[str, str]) -> set[str]:
-    """The adapters whose files are not those of the export."""
-    recorded = recorded_files(entries, directory / MODEL_NAME)
-    files = find_adapters(directory)
-    return {name for name, file in files.items() if recorded.get(f"{ADAPTER_DIRECTORY}/{file.name}") != hash_file(file)}

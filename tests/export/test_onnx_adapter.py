@@ -16,10 +16,10 @@ from lora_deploy.adapter import TrainingRecord, read_adapter, write_adapter
 from lora_deploy.errors import AdapterError, InputError, OutputError, UsageError
 from lora_deploy.export.inspect import describe_adapter
 from lora_deploy.export.onnx_adapter import convert_adapter
+from lora_deploy.integrity import find_adapters
 from lora_deploy.manifest import Manifest
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.run.adapter_files import read_tensors
-from lora_deploy.run.adapters import find_adapters
 from tests.commands import tree
 from tests.conftest import random_adapter, tiny_model
 from tests.export.conftest import SHORT, BranchExport, BranchFactory

@@ -14,10 +14,10 @@ import pytest
 
 from lora_deploy.errors import AdapterError
 from lora_deploy.export.inspect import describe_adapter
+from lora_deploy.integrity import find_adapters
 from lora_deploy.manifest import Manifest
 from lora_deploy.run.adapter_files import Tensors, read_onnx_adapter, read_tensors
 from lora_deploy.run.adapter_seal import seal_adapter
-from lora_deploy.run.adapters import find_adapters
 from tests.export.conftest import BranchExport, BranchFactory
 
 SITE = "model/layers/1/self_attn/o_proj"

@@ -17,9 +17,10 @@ import torch
 from lora_deploy.adapter import read_adapter, write_adapter
 from lora_deploy.errors import AdapterError, UsageError
 from lora_deploy.export import export_onnx
+from lora_deploy.integrity import find_adapters
 from lora_deploy.run import OnnxSession
 from lora_deploy.run.adapter_files import read_onnx_adapter
-from lora_deploy.run.adapters import Adapters, find_adapters
+from lora_deploy.run.adapters import Adapters
 from lora_deploy.verify.reference import compute_logits, load_twin
 from tests.conftest import CheckpointFactory, token_ids
 from tests.export.conftest import BranchExport, BranchFactory

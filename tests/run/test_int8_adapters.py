@@ -18,10 +18,11 @@ from lora_deploy.errors import AdapterError, UsageError
 from lora_deploy.export import export_onnx
 from lora_deploy.export.inspect import describe_adapter
 from lora_deploy.export.onnx_adapter import convert_adapter
+from lora_deploy.integrity import find_adapters
 from lora_deploy.manifest import Manifest
 from lora_deploy.run import OnnxModel, OnnxSession
 from lora_deploy.run.adapter_files import Tensors, read_onnx_adapter, read_tensors
-from lora_deploy.run.adapters import Adapters, find_adapters
+from lora_deploy.run.adapters import Adapters
 from lora_deploy.verify.reference import compute_logits, load_twin
 from tests.conftest import token_ids
 from tests.export.conftest import BranchExport, BranchFactory

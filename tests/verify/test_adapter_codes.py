@@ -12,9 +12,9 @@ import pytest
 
 from lora_deploy.adapter import read_adapter
 from lora_deploy.errors import ParityError
+from lora_deploy.integrity import find_adapters
 from lora_deploy.manifest import Manifest
 from lora_deploy.run.adapter_files import read_tensors
-from lora_deploy.run.adapters import find_adapters
 from lora_deploy.verify import verify
 from lora_deploy.verify.codes import check_adapter_codes
 from tests.commands import Command, assert_one_message

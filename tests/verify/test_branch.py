@@ -13,8 +13,8 @@ import pytest
 from lora_deploy.errors import InputError, UsageError
 from lora_deploy.export import export_onnx
 from lora_deploy.export.onnx_adapter import convert_adapter
+from lora_deploy.integrity import find_adapters
 from lora_deploy.run.adapter_files import read_tensors
-from lora_deploy.run.adapters import find_adapters
 from lora_deploy.verify import verify
 from tests.commands import Command, assert_one_message
 from tests.export.conftest import BranchExport, BranchFactory

@@ -172,6 +172,7 @@ def test_without_an_adapter_the_slots_change_nothing(
     assert all(torch.equal(a, b) for a, b in zip(_logits(session, batches, {}), bare, strict=True))
 
 
+@pytest.mark.slow  # tests/run/test_batch.py says so of tiny models
 def test_a_pooled_run_of_eight_rows_is_eight_runs(
     export: Export, base: TrainingBase, trained: Trained, random_adapters: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -224,9 +225,8 @@ def _ways() -> list[Weights]:
     return ["expand", "native"]
 
 
-@pytest.mark.parametrize(
-    "fixed", [pytest.param(True, id="fixed"), pytest.param(False, id="hot-swap", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow  # tests/export/test_int8_branch.py says so of tiny models
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "hot-swap"])
 def test_an_adapter_in_int8_is_within_a_millionth_of_the_trained_function(
     fixed: bool, trained: Trained, export: Export, base: TrainingBase
 ) -> None:

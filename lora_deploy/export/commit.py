@@ -61,15 +61,26 @@ def locked(output: Path) -> Iterator[Path]:
     except OSError as error:
         _remove_empty(missing)
         raise write_failure(output, error) from error
+    except BaseException:  # Ctrl-C, perhaps between the making of the file and its locking
+        _unlock(lock, file)
+        _remove_empty(missing)
+        raise
     try:
         staging = stem.with_name(f"{stem.name}.staging")
         shutil.rmtree(staging, ignore_errors=True)  # of a run that died
         yield staging
     finally:
-        with suppress(OSError):
-            file.unlink()  # while it is held: who waits for it sees that it is gone, and makes a new one
-        lock.release()
+        _unlock(lock, file)
         _remove_empty(missing)
+
+
+def _unlock(lock: FileLock, file: Path) -> None:
+    """Remove the lock file while it is held: who waits for it sees that it is gone, and makes a new one."""
+    with suppress(OSError, Timeout):
+        if not lock.is_locked:
+            lock.acquire()
+        file.unlink()
+    lock.release()
 
 
 @contextmanager
@@ -81,13 +92,25 @@ def staging_directory(output: Path) -> Iterator[Path]:
     """
     with locked(output) as staging:
         try:
-            staging.mkdir()
-        except OSError as error:
-            raise write_failure(output, error) from error
-        try:
+            _make(staging, output)
             yield staging
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove(staging)
+
+
+def _remove(staging: Path) -> None:
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+    except KeyboardInterrupt:  # nothing is kept, whatever the moment
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _make(staging: Path, output: Path) -> None:
+    try:
+        staging.mkdir()
+    except OSError as error:
+        raise write_failure(output, error) from error
 
 
 def _stem(output: Path) -> Path:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lora_deploy.checkpoint import read_json
 from lora_deploy.errors import UsageError
 from lora_deploy.export import export_onnx
+from lora_deploy.inputs.json_files import read_json
 from lora_deploy.run import OnnxSession
 from tests.conftest import TINY_FAMILIES, VOCABULARY, CheckpointFactory, tiny_model
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from lora_deploy.errors import ConfigError
 from lora_deploy.inputs.json_files import parse_json
+from lora_deploy.patterns import MOST_PATTERNS, check_pattern, compile_pattern
 
-__all__ = ["CONFIG_NAME", "LoraConfig", "pattern_matches"]
+__all__ = ["CONFIG_NAME", "LoraConfig", "name_matches", "pattern_matches"]
 
 CONFIG_NAME = "adapter_config.json"
 
@@ -182,14 +184,29 @@ class LoraConfig(BaseModel):
             )
         return self
 
-    @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern")
+    @field_validator("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern")
     @classmethod
-    def _compile_patterns(cls, value: Any) -> Any:
-        for pattern in [value] if isinstance(value, str) else value if isinstance(value, dict) else ():
+    def _check_patterns(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what is no regular expression, and what could take for ever to match."""
+        is_layers = info.field_name == "layers_pattern"  # a list of names elsewhere, of patterns here
+        if isinstance(value, list) and not is_layers:
+            return value
+        patterns = [value] if isinstance(value, str) else list(value or ())
+        for pattern in patterns:
             try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"a regular expression: {error}") from error
+                if len(patterns) > MOST_PATTERNS:
+                    raise ValueError(f"{len(patterns)} patterns, more than {MOST_PATTERNS}")
+                check_pattern(pattern, loops=1 if is_layers else None)
+                if is_layers:  # becomes a part of a rule with this group, which must be the only one of its name
+                    check_pattern(rf"{pattern}(?P<index>\d+)", loops=2)
+            except ValueError as error:
+                raise ConfigError(
+                    "a pattern of the adapter's configuration is no regular expression that can be used",
+                    tensor=f"{info.field_name}: {ascii(pattern)[1:-1][:200]}",
+                    found=error,
+                    expected="a regular expression without repetitions or choices inside repetitions",
+                    remedy="list the names of the modules instead",
+                ) from error
         return value
 
     @field_validator("r", "lora_alpha", "rank_pattern", "alpha_pattern")
@@ -277,8 +294,45 @@ class LoraConfig(BaseModel):
 
 
 def pattern_matches(pattern: str, module: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` fits the end of a module's name."""
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    """Whether a key of `rank_pattern` or `alpha_pattern` fits the end of a module's name.
+
+    Args:
+        pattern: The key.
+        module: Full dotted name.
+
+    Raises:
+        ConfigError: It takes too long to tell.
+    """
+    with _named(pattern, module):
+        return compile_pattern(pattern).matches_end(module)
+
+
+def name_matches(pattern: str, module: str) -> bool:
+    """Whether a string in `target_modules` or `exclude_modules` fits the whole of a module's name.
+
+    Args:
+        pattern: The string.
+        module: Full dotted name.
+
+    Raises:
+        ConfigError: It takes too long to tell.
+    """
+    with _named(pattern, module):
+        return compile_pattern(pattern).fullmatch(module)
+
+
+@contextmanager
+def _named(pattern: str, module: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(
+            "a pattern of the adapter's configuration cannot be matched with a module's name",
+            tensor=ascii(pattern)[1:-1][:200],
+            found=f"{error}: {ascii(module)[1:-1][:100]}",
+            expected="a pattern that is matched quickly, and a name of at most 1000 letters",
+            remedy="list the names of the modules instead",
+        ) from error
 
 
 def _pattern_value(patterns: dict[str, Any], module: str, default: float) -> float:

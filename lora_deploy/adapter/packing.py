@@ -16,6 +16,7 @@ from lora_deploy.slots import Slot
 __all__ = [
     "Strip",
     "cast_branch",
+    "cast_slot",
     "check_slots",
     "deployed_adapter",
     "pack_slot",
@@ -78,8 +79,7 @@ def pack_slots(slots: Iterable[Slot], adapter: LoraAdapter, compute_dtype: str) 
     for slot in slots:
         tensors: Sequence[torch.Tensor]
         if slot.int8_blocks is None:
-            named = zip(slot.matrix_names, pack_slot(slot, adapter), strict=True)
-            tensors = [cast_branch(values, compute_dtype, name, adapter.source) for name, values in named]
+            tensors = cast_slot(slot, pack_slot(slot, adapter), compute_dtype, [adapter])
         else:
             tensors = _quantize_slot(slot, adapter)
             _check_finite(slot, tensors, adapter, compute_dtype)
@@ -95,8 +95,8 @@ def _quantize_slot(slot: Slot, adapter: LoraAdapter) -> tuple[torch.Tensor, ...]
 
 def _check_finite(slot: Slot, tensors: Sequence[torch.Tensor], adapter: LoraAdapter, compute_dtype: str) -> None:
     """Make sure that what codes and scales stand for is finite in the type that the graph computes in."""
-    for name, codes, scales in zip(slot.matrix_names, tensors[::2], tensors[1::2], strict=True):
-        cast_branch(dequantize(codes, scales), compute_dtype, name, adapter.source)
+    matrices = [dequantize(codes, scales) for codes, scales in zip(tensors[::2], tensors[1::2], strict=True)]
+    cast_slot(slot, matrices, compute_dtype, [adapter])
 
 
 class Strip(NamedTuple):
@@ -187,13 +187,44 @@ def deployed_adapter(adapter: LoraAdapter, slots: Iterable[Slot]) -> LoraAdapter
     return replace(adapter, updates=updates)
 
 
+def cast_slot(
+    slot: Slot, matrices: Sequence[torch.Tensor], compute_dtype: str, adapters: Sequence[LoraAdapter]
+) -> list[torch.Tensor]:
+    """A and B of a slot in the graph's type.
+
+    Args:
+        slot: The place in the graph.
+        matrices: A and B, float32.
+        compute_dtype: "fp32", "fp16" or "bf16".
+        adapters: Those that are in them, for the message: it names the layer, which the slot may hold several of.
+
+    Raises:
+        AdapterError: A value is not finite in that type.
+    """
+    cast = [values.to(_DTYPES[compute_dtype]) for values in matrices]
+    if all(bool(torch.isfinite(values).all()) for values in cast):
+        return cast
+    for adapter in adapters:
+        for module in slot.modules:
+            if module in adapter.updates:
+                update = adapter.updates[module]
+                cast_branch(update.A.float(), compute_dtype, f"{module}.lora_A.weight", adapter.source)
+                scaled = update.B.float() * update.scaling
+                cast_branch(scaled, compute_dtype, f"{module}.lora_B.weight", adapter.source)
+    # Only what is made of codes can have been larger than A and B themselves.
+    return [
+        cast_branch(values, compute_dtype, name, adapters[0].source)
+        for name, values in zip(slot.matrix_names, matrices, strict=True)
+    ]
+
+
 def cast_branch(values: torch.Tensor, compute_dtype: str, name: str, source: str) -> torch.Tensor:
     """A or B in the graph's type.
 
     Args:
         values: float32.
         compute_dtype: "fp32", "fp16" or "bf16".
-        name: Of the input, for the message.
+        name: Of the tensor, for the message.
         source: Of the adapter, for the message.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 
 from lora_deploy.adapter import LoraAdapter
 from lora_deploy.adapter.int8 import choose_blocks
-from lora_deploy.adapter.packing import Strip, cast_branch, pack_slot, pack_strips, packed_rank
+from lora_deploy.adapter.packing import Strip, cast_slot, pack_slot, pack_strips, packed_rank
 from lora_deploy.export.int8_branch import add_int8_matrices
 from lora_deploy.export.sites import LinearSite, Product, constant
 from lora_deploy.slots import Slot, SlotPart
@@ -191,5 +191,4 @@ def stream_branches(
             one_a, one_b = pack_slot(slot, adapter)
             start, end = number * rank, number * rank + one_a.shape[1]
             a[:, start:end], b[start:end] = one_a, one_b
-        for name, values in zip(slot.input_names, (a, b), strict=True):
-            yield name, cast_branch(values, compute_dtype, name, adapters[0].source)
+        yield from zip(slot.input_names, cast_slot(slot, (a, b), compute_dtype, adapters), strict=True)

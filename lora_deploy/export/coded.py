@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from lora_deploy.codes import pair_table
-from lora_deploy.errors import InputError
 from lora_deploy.export.graph import Segment, WeightSource
+from lora_deploy.export.scales import cast_scales
 from lora_deploy.export.sites import LinearSite, Product, constant, matmul_transposed
 from lora_deploy.manifest import CodedWeight, StoredModule
 from lora_deploy.quantization import QuantizedWeight
@@ -22,7 +22,7 @@ from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.quantization.weight import Blockwise4BitWeight, Int8Weight
 
-__all__ = ["CodedBase", "cast_scales", "decode", "encode", "initializer_shapes", "stream_codes"]
+__all__ = ["CodedBase", "decode", "encode", "initializer_shapes", "stream_codes"]
 
 _LARGEST_BNB4_BLOCK = 256  # of MatMulBnb4; a larger block's absmax is repeated, which changes no value
 
@@ -308,29 +308,14 @@ def stream_codes(
         for module in weight.modules:
             stored = base.weight(module.name)
             hashes[module.name] = hash_tensors(iter([(module.name, list(stored.stored()))]))
-            parts.append(encode(stored, weight))
+            codes, scales = encode(stored, weight)
+            parts.append((codes, cast_scales(scales, _dtype_of(model, weight.scales), f"{module.name}.weight", base)))
         codes_shape, scales_shape = initializer_shapes(weight)
         codes, scales = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
         del parts
         yield weight.codes, F.pad(codes, (0, math.prod(codes_shape) - codes.numel())).view(codes_shape)
-        dtype = ir.tensor_adapters.to_torch_dtype(cast(ir.DataType, model.graph.initializers[weight.scales].dtype))
-        yield weight.scales, cast_scales(scales, dtype, weight, base).view(scales_shape)
+        yield weight.scales, scales.view(scales_shape)
 
 
-def cast_scales(scales: torch.Tensor, dtype: torch.dtype, weight: CodedWeight, base: TrainingBase) -> torch.Tensor:
-    """The scales in the type of the computation, which the operators ask of them.
-
-    Raises:
-        InputError: One is too large or too small for it.
-    """
-    result = scales.to(dtype)
-    if not bool(torch.isfinite(result).all()) or bool(((result == 0) & (scales != 0)).any()):
-        raise InputError(
-            "a scale of the base's codes does not fit the type that is computed in",
-            file=base.directory,
-            tensor=weight.scales,
-            found=f"{float(scales.abs().min()):g} to {float(scales.abs().max()):g}",
-            expected=f"{torch.finfo(dtype).tiny:g} to {torch.finfo(dtype).max:g}",
-            remedy="export with --compute-dtype fp32",
-        )
-    return result
+def _dtype_of(model: ir.Model, name: str) -> torch.dtype:
+    return ir.tensor_adapters.to_torch_dtype(cast(ir.DataType, model.graph.initializers[name].dtype))

@@ -14,10 +14,12 @@ import torch
 
 from lora_deploy.adapter import LoraAdapter
 from lora_deploy.adapter.tables import TokenRows, check_copy
+from lora_deploy.errors import InputError
 from lora_deploy.export.ties import table_change
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.quantization.scheme import QuantizationScheme
+from lora_deploy.quantization.stored_codes import all_finite
 from lora_deploy.task import find_task, is_classification
 
 __all__ = ["MergedParameters", "drop_copies", "hash_adapter", "open_base"]
@@ -49,6 +51,9 @@ class MergedParameters:
         Returns:
             A weight that is quantized or updated, and a table of tokens that is changed: float32, (out, in). Anything
             else: as the checkpoint stores it, turned if `transposed`.
+
+        Raises:
+            InputError: It is missing or not finite, or the merge overflows.
         """
         trained = self.adapter.parameters.get(parameter) if self.adapter else None
         module = parameter.removesuffix(".weight")
@@ -57,11 +62,23 @@ class MergedParameters:
         values = trained if trained is not None else self.base.tensor(parameter)
         table = table_change(self.adapter, parameter, self.base.aliases) if self.adapter else None
         if table is not None:
-            return table.change_table(values.to(torch.float32, copy=True))
+            return self._finite(table.change_table(values.to(torch.float32, copy=True)), parameter)
         update = self.adapter.updates.get(module) if self.adapter and parameter.endswith(".weight") else None
         if update is not None:  # an adapted output head
-            return update.merge_into(values.to(torch.float32, copy=True))
+            return self._finite(update.merge_into(values.to(torch.float32, copy=True)), parameter)
         return values.t() if transposed else values
+
+    def changes(self, parameter: str) -> bool:
+        """Whether the adapter changes a parameter.
+
+        Args:
+            parameter: Its name in the transformers model.
+        """
+        if self.adapter is None:
+            return False
+        module = parameter.removesuffix(".weight")
+        table = table_change(self.adapter, parameter, self.base.aliases)
+        return table is not None or parameter in self.adapter.parameters or module in self.adapter.updates
 
     def _linear(self, module: str) -> torch.Tensor:
         weight = self.base.weight(module)
@@ -70,7 +87,22 @@ class MergedParameters:
         update = self.adapter.updates.get(module) if self.adapter else None
         if update is None:
             return next(weight.stored()) if weight.scheme == "none" else weight.dequantize()
-        return update.merge_into(weight.dequantize())
+        return self._finite(update.merge_into(weight.dequantize()), f"{module}.weight")
+
+    def _finite(self, merged: torch.Tensor, parameter: str) -> torch.Tensor:
+        if all_finite(merged):
+            return merged
+        assert self.adapter is not None
+        if all_finite(MergedParameters(self.base, None).read(parameter)):
+            raise InputError(
+                "base and adapter are finite, but the merge of the two overflows float32",
+                file=f"{self.adapter.source}, merged into {self.base.place(parameter)['file']}",
+                tensor=parameter,
+                found="infinity, or no number",
+                expected=f"at most {torch.finfo(torch.float32).max:g}",
+                remedy="the training diverged: lower the learning rate, or take an earlier checkpoint",
+            )
+        return merged  # the base of a module in memory: whoever casts it says so
 
 
 def open_base(model: str | Path, scheme: QuantizationScheme | None, adapters: Iterable[LoraAdapter]) -> TrainingBase:

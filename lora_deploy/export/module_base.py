@@ -128,6 +128,10 @@ class ModuleBase(TrainingBase):
             raise CheckpointError("the module has no such plain tensor", file=self.directory, tensor=name)
         return values.detach().cpu()
 
+    def place(self, name: str) -> dict[str, str]:
+        """The module and the parameter, for messages."""
+        return {"file": str(self.directory), "tensor": name}
+
     def weight(self, module: str) -> QuantizedWeight:
         """The weight of a linear layer as it was trained on."""
         return self._weights[module]

@@ -95,11 +95,15 @@ def stream_output_changes(
     """
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
     for change in changes:
-        values = torch.cat([_part(change.kind, module, rows, adapter, parameters) for module, rows in change.parts])
         dtype = model.graph.initializers[change.name].dtype
         assert dtype is not None
         compute_dtype = names[tensor_adapters.to_torch_dtype(dtype)]
-        yield change.name, cast_branch(values, compute_dtype, change.name, adapter.source)
+        end = "lora_magnitude_vector" if change.kind == "scale" else "lora_B.bias"
+        parts = []
+        for module, rows in change.parts:
+            values = _part(change.kind, module, rows, adapter, parameters)
+            parts.append(cast_branch(values, compute_dtype, f"{module}.{end}", adapter.source))
+        yield change.name, torch.cat(parts)
 
 
 def _part(

@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from lora_deploy.adapter import LoraAdapter, LoraUpdate
 from lora_deploy.config import LoraConfig
-from lora_deploy.export.coded import CodedBase, cast_scales, initializer_shapes
+from lora_deploy.export.coded import CodedBase, initializer_shapes
 from lora_deploy.export.graph import WeightSource
 from lora_deploy.export.merge import MergedParameters
+from lora_deploy.export.scales import cast_scales
 from lora_deploy.export.sites import constant
 from lora_deploy.manifest import CodedWeight, StoredModule
 from lora_deploy.quantization.affine import AffineWeight
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
-from lora_deploy.requantize.calibrate import calibrate
+from lora_deploy.requantize.calibrate import calibrate, name_weight
 from lora_deploy.requantize.options import Grid
 from lora_deploy.requantize.rounding import round_plain
 from lora_deploy.requantize.text import Text
@@ -188,7 +189,9 @@ class RoundedWeights:
         calibrate(parameters, linears, texts, keep, scale_dtype=scale_dtype, correction=correction)
         for name, (bits, blocksize) in grids.items():
             if name not in linears:  # embedding and head
-                keep(name, round_plain(parameters.read(f"{name}.weight"), bits, blocksize, scale_dtype), None)
+                with name_weight(parameters, name):
+                    rounded = round_plain(parameters.read(f"{name}.weight"), bits, blocksize, scale_dtype)
+                keep(name, rounded, None)
 
     def correction(self) -> LoraAdapter:
         """The corrections as an adapter; a layer that no text reached has none of its own."""
@@ -230,10 +233,13 @@ def stream_rounded(
     for weight in coded:
         if not weight.requantized:
             continue
-        parts = [rounded.read(module.name) for module in weight.modules]
+        dtype = ir.tensor_adapters.to_torch_dtype(cast(ir.DataType, model.graph.initializers[weight.scales].dtype))
+        parts = []
+        for module in weight.modules:
+            codes, scales = rounded.read(module.name)
+            parts.append((codes, cast_scales(scales, dtype, f"{module.name}.weight", base, merged=True)))
         codes_shape, scales_shape = initializer_shapes(weight)
         codes, scales = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
         del parts
         yield weight.codes, codes.view(codes_shape)
-        dtype = ir.tensor_adapters.to_torch_dtype(cast(ir.DataType, model.graph.initializers[weight.scales].dtype))
-        yield weight.scales, cast_scales(scales, dtype, weight, base).view(scales_shape)
+        yield weight.scales, scales.view(scales_shape)

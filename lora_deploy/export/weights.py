@@ -13,6 +13,7 @@ from lora_deploy.errors import InputError
 from lora_deploy.export.graph import WeightSource
 from lora_deploy.export.merge import MergedParameters
 from lora_deploy.export.writer import INLINE_BYTES
+from lora_deploy.quantization.stored_codes import all_finite
 
 __all__ = ["largest_first", "stream_constants", "stream_weights"]
 
@@ -45,7 +46,7 @@ def stream_weights(
             if kept is None or kept[0] != key:
                 kept = None  # let go of the last one before the next is read
                 kept = (key, parameters.read(segment.parameter, transposed=source.transposed))
-            part = _cast(_take_rows(kept[1], segment.rows), value, name, parameters)
+            part = _cast(_take_rows(kept[1], segment.rows), value, segment.parameter, parameters)
             if len(source.segments) == 1:
                 values = part
             else:  # layers below each other, each cast and put in its place
@@ -66,32 +67,41 @@ def _take_rows(values: torch.Tensor, rows: range | tuple[int, ...]) -> torch.Ten
     return values[list(rows)]
 
 
-def _cast(values: torch.Tensor, target: ir.Value, name: str, parameters: MergedParameters) -> torch.Tensor:
+def _cast(values: torch.Tensor, target: ir.Value, parameter: str, parameters: MergedParameters) -> torch.Tensor:
     assert target.dtype is not None
     dtype = tensor_adapters.to_torch_dtype(target.dtype)
     result = values.to(dtype).contiguous()
-    if dtype.is_floating_point and not _all_finite(result):
-        overflow = bool(torch.isfinite(values).all())
-        raise InputError(
-            "a weight is too large for the precision asked for" if overflow else "a weight of the base is not finite",
-            file=parameters.base.directory,
-            tensor=name,
-            found=f"{values.abs().max().item():g}" if overflow else "NaN or infinity",
-            expected=f"at most {torch.finfo(dtype).max:g}" if overflow else "finite numbers",
-            remedy="export with --precision fp32 or bf16" if overflow else "the checkpoint is damaged: get it again",
-        )
+    if dtype.is_floating_point and not all_finite(result):
+        raise _too_large(values, dtype, parameter, parameters)
     return result
 
 
-def _all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite. A finite sum says so in one pass; else look at each.
-
-    In pieces, for torch turns all it sums into float32 first.
-    """
-    for piece in torch.split(values.reshape(-1), 1 << 20):
-        if not bool(torch.isfinite(piece.sum(dtype=torch.float32))) and not bool(torch.isfinite(piece).all()):
-            return False
-    return True
+def _too_large(values: torch.Tensor, dtype: torch.dtype, parameter: str, parameters: MergedParameters) -> InputError:
+    """Whose numbers do not fit: the base's own, or what the merge made of them."""
+    base, limit = parameters.base, torch.finfo(dtype).max
+    own = MergedParameters(base, None).read(parameter)
+    if not all_finite(own):  # a checkpoint is read finite, a module in memory as it is
+        return InputError(
+            "a weight of the base is not finite",
+            **base.place(parameter),
+            found="NaN or infinity",
+            expected="finite numbers",
+            remedy="the weights are damaged: get them again",
+        )
+    largest = float(own.abs().max())
+    expected = f"at most {limit:g}, the largest number of {str(dtype).removeprefix('torch.')}"
+    remedy = "export with --precision fp32 or bf16"
+    if parameters.adapter is None or not parameters.changes(parameter) or largest > limit:
+        summary = "a weight is too large for the precision asked for"
+        return InputError(summary, **base.place(parameter), found=f"{largest:g}", expected=expected, remedy=remedy)
+    return InputError(
+        "base and adapter fit the precision asked for, but the merge of the two overflows",
+        file=f"{parameters.adapter.source}, merged into {base.place(parameter)['file']}",
+        tensor=parameter,
+        found=f"{float(values.abs().max()):g} after the merge, {largest:g} in the base",
+        expected=expected,
+        remedy=remedy,
+    )
 
 
 def largest_first(

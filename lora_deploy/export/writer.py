@@ -10,15 +10,17 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from lora_deploy.errors import OutputError
 from lora_deploy.export.commit import write_failure
 from lora_deploy.integrity import MODEL_NAME, SEAL_ENTRY, UNSEALED, seal_bytes
 
-__all__ = ["INLINE_BYTES", "write_data", "write_model"]
+__all__ = ["INLINE_BYTES", "LARGEST_GRAPH", "write_data", "write_model"]
 
 # Page alignment lets onnxruntime map a tensor; smaller ones stay inside model.onnx, where shapes must be.
 _ALIGNMENT = 4096
 INLINE_BYTES = 1024
 _PIECE = 1 << 24
+LARGEST_GRAPH = (1 << 31) - 1  # bytes of a protobuf message
 
 
 def write_data(
@@ -79,6 +81,28 @@ def write_data(
     return sha256
 
 
+def _check_size(model: ir.Model, file: Path) -> None:
+    """What is in the graph itself, and not in the data file, must fit into one message."""
+    inline = {
+        name: value.const_value.nbytes
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None and not isinstance(value.const_value, ir.ExternalTensor)
+    }
+    size = sum(inline.values())
+    if size <= LARGEST_GRAPH:  # or else there is no use in making the message
+        size = ir.to_proto(model).ByteSize()
+    if size > LARGEST_GRAPH:
+        largest = max(inline, key=lambda name: inline[name], default=None)
+        raise OutputError(
+            "the graph is larger than a file of its format can be",
+            file=file,
+            tensor=largest,
+            found=f"{size} bytes without the data file, {inline.get(largest or '', 0)} of them in this tensor",
+            expected=f"at most {LARGEST_GRAPH}",
+            remedy="export fewer layers or adapters together",
+        )
+
+
 def _in_ir(values: torch.Tensor) -> ir.TensorProtocol:
     return ir.tensor_adapters.TorchTensor(values.clone())
 
@@ -87,9 +111,10 @@ def write_model(model: ir.Model, directory: Path, name: str = MODEL_NAME) -> Non
     """Write a graph, which refers to the data file; `model.onnx` gets its seal.
 
     Raises:
-        OutputError: It could not be written.
+        OutputError: It could not be written, or holds more than a file of its format can.
     """
     file = directory / name
+    _check_size(model, file)
     if name == MODEL_NAME:
         model.metadata_props[SEAL_ENTRY] = UNSEALED
     try:

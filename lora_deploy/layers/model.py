@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_deploy.config import LoraConfig
+from lora_deploy.config import LoraConfig, name_matches
 from lora_deploy.errors import ConfigError
 from lora_deploy.layers.checks import (
     check_called,
@@ -210,7 +210,7 @@ def _match_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
 def _matches(name: str, wanted: list[str] | str) -> bool:
     """PEFT's rule: a string is a regular expression for the whole name, a list holds names or their last parts."""
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, name) is not None
+        return name_matches(wanted, name)
     return any(name == item or name.endswith(f".{item}") for item in wanted)
 
 

@@ -7,7 +7,6 @@ bitsandbytes' codes in the place of a weight; none of that is visible from outsi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,15 +19,14 @@ from lora_deploy.checkpoint import Checkpoint, resolve_model
 from lora_deploy.errors import CheckpointError, InputError
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.quantization.model import head_modules, linear_modules
-from lora_deploy.quantization.quantize import expand_absmax, quantize
+from lora_deploy.quantization.quantize import quantize
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.skeleton import describe_linear, find_aliases, make_skeleton, renamed_keys
-from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, Int8Weight, QuantizedWeight
+from lora_deploy.quantization.stored_codes import StoredCodes, all_finite
+from lora_deploy.quantization.weight import DenseWeight, QuantizedWeight
 from lora_deploy.task import Task, find_task, is_classification
 
 __all__ = ["TrainingBase"]
-
-_4BIT_STATE = "weight.quant_state.bitsandbytes__"
 
 
 class TrainingBase:
@@ -70,6 +68,7 @@ class TrainingBase:
     ) -> None:
         self.directory = resolve_model(model)
         self.checkpoint = Checkpoint(self.directory)
+        self._codes = StoredCodes(self.checkpoint)
         stored = QuantizationScheme.from_model_config(self.checkpoint.config, self.directory / "config.json")
         self.prequantized = stored is not None
         self.scheme = self._agree(stored, scheme)
@@ -172,7 +171,11 @@ class TrainingBase:
             key = self._key(name)
             if key is None:
                 missing += [] if name in self._trained else [name]
-            elif not self._is_quantized(name) and self.checkpoint.shape(key) != shape:
+            elif self._is_quantized(name):
+                module = name.removesuffix(".weight")
+                if module in self.linears:
+                    self._codes.check(self._prefix_of(module), self.linears[module].shape)
+            elif self.checkpoint.shape(key) != shape:
                 raise CheckpointError(
                     "a weight does not have the shape that the model's configuration gives it",
                     file=self.checkpoint.file(key),
@@ -219,13 +222,16 @@ class TrainingBase:
         if not self.prequantized or key is None or not key.endswith(".weight"):
             return False
         module = key.removesuffix("weight")
-        return f"{module}SCB" in self.checkpoint or self._state_key(module) is not None
+        return self._codes.holds(module)
 
     def holds_codes(self, module: str) -> bool:
         """Whether a linear layer was quantized in training."""
         if self.prequantized:
             return self._is_quantized(f"{module}.weight")
         return module in self.linears and self.scheme.applies_to(module)
+
+    def _prefix_of(self, module: str) -> str:
+        return self._require_key(f"{module}.weight").removesuffix("weight")
 
     def codes_of(self, module: str) -> tuple[str, int]:
         """What a linear layer's codes are, and how many weights share one absmax; ("none", 0) for a dense layer.
@@ -239,18 +245,11 @@ class TrainingBase:
     def _find_codes(self, module: str) -> tuple[str, int]:
         if not self.holds_codes(module):
             return "none", 0
-        prefix = self._require_key(f"{module}.weight").removesuffix("weight")
-        state_key = self._state_key(prefix) if self.prequantized else None
-        if state_key is not None:
-            state = json.loads(bytes(self.checkpoint.read(state_key).tolist()))
-            return str(state["quant_type"]), int(state["blocksize"])
+        if self.prequantized:
+            return self._codes.kind(self._prefix_of(module), self.linears[module].shape)
         if self.scheme.is_4bit:
             return self.scheme.method, self.scheme.blocksize
         return "int8", self.linears[module].shape[1]
-
-    def _state_key(self, module: str) -> str | None:
-        keys = (f"{module}{_4BIT_STATE}{kind}" for kind in ("nf4", "fp4"))
-        return next((key for key in keys if key in self.checkpoint), None)
 
     def tensor(self, name: str) -> torch.Tensor:
         """A parameter or buffer that is not quantized, in the type that transformers loads it in.
@@ -259,14 +258,22 @@ class TrainingBase:
             name: Its name in the transformers model.
 
         Raises:
-            CheckpointError: It is missing, or quantized.
+            CheckpointError: It is missing, quantized, or holds numbers that are not finite.
         """
         key = self._require_key(self.aliases.get(name, name))
         values = self.checkpoint.read(key)
         if values.is_floating_point():
+            if not all_finite(values):
+                raise CheckpointError(
+                    "a weight of the base is not finite",
+                    **self.place(name),
+                    found="NaN or infinity",
+                    expected="finite numbers",
+                    remedy="the checkpoint is damaged: get it again",
+                )
             if self.dtype == torch.float16 and self._in_floats & set(name.split(".")):
                 return values.float()
-            return values if self.dtype is None else values.to(self.dtype)
+            return values if self.dtype is None else self._load(values, name, self.dtype)
         if self._is_quantized(name):
             raise CheckpointError(
                 "a weight that is no linear layer is quantized",
@@ -276,6 +283,18 @@ class TrainingBase:
                 expected="a floating-point weight",
             )
         return values
+
+    def _load(self, values: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
+        loaded = values.to(dtype)
+        if dtype.itemsize < values.dtype.itemsize and not all_finite(loaded):
+            raise CheckpointError(
+                "a weight is too large for the type that the model's configuration loads it in",
+                **self.place(name),
+                found=f"{float(values.abs().max()):g}",
+                expected=f"at most {torch.finfo(dtype).max:g}, for {dtype}",
+                remedy="set dtype in config.json to that of the weights, if the adapter was trained so",
+            )
+        return loaded
 
     def weight(self, module: str) -> QuantizedWeight:
         """The weight of a linear layer as it was trained on: the stored codes, or quantized now.
@@ -288,7 +307,7 @@ class TrainingBase:
         """
         name = f"{module}.weight"
         if self._is_quantized(name):
-            return self._stored_weight(self._require_key(name).removesuffix("weight"), self.linears[module].shape)
+            return self._codes.weight(self._prefix_of(module), self.linears[module].shape)
         values = self.tensor(name)
         if not values.is_floating_point():
             raise CheckpointError(
@@ -305,42 +324,17 @@ class TrainingBase:
         try:
             return quantize(values, self.scheme)
         except InputError as error:
-            key = self._require_key(name)
-            error.details = {"file": str(self.checkpoint.file(key)), "tensor": key, **error.details}
+            error.details = {**self.place(name), **error.details}
             raise
 
-    def _stored_weight(self, prefix: str, shape: tuple[int, int]) -> QuantizedWeight:
-        """The codes that bitsandbytes left under `prefix` ("model.layers.0.self_attn.q_proj.")."""
-        read = self.checkpoint.read
-        codes = read(f"{prefix}weight")
-        state_key = self._state_key(prefix)
-        if state_key is None:
-            self._expect_shape(f"{prefix}weight", tuple(codes.shape), shape)
-            return Int8Weight(codes, read(f"{prefix}SCB").float())
-        state = json.loads(bytes(read(state_key).tolist()))
-        self._expect_shape(f"{prefix}weight", tuple(state["shape"]), shape)
-        absmax = read(f"{prefix}weight.absmax")
-        if "nested_blocksize" in state:
-            absmax = expand_absmax(
-                absmax,
-                read(f"{prefix}weight.nested_quant_map"),
-                read(f"{prefix}weight.nested_absmax"),
-                state["nested_offset"],
-                state["nested_blocksize"],
-            )
-        return Blockwise4BitWeight(
-            codes.reshape(-1).view(torch.uint8), absmax.float(), shape, state["quant_type"], state["blocksize"]
-        )
+    def place(self, name: str) -> dict[str, str]:
+        """File and tensor that hold a parameter, for messages.
 
-    def _expect_shape(self, key: str, found: tuple[int, ...], expected: tuple[int, int]) -> None:
-        if found != expected:
-            raise CheckpointError(
-                "a quantized weight does not have the shape that the model's configuration gives it",
-                file=self.checkpoint.file(key),
-                tensor=key,
-                found=found,
-                expected=expected,
-            )
+        Args:
+            name: Its name in the transformers model.
+        """
+        key = self._key(self.aliases.get(name, name))
+        return {"file": str(self.directory if key is None else self.checkpoint.file(key)), "tensor": key or name}
 
     def sha256(self) -> str:
         """Hash of the checkpoint's tensors, names included: the same for any sharding, before any quantization."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from lora_deploy.requantize.calibrate import name_weight
 from lora_deploy.requantize.options import Grid, Requantization, mean_bits
 from lora_deploy.requantize.rounding import round_plain
 from lora_deploy.requantize.streamed import cut, run_streamed
@@ -42,7 +43,8 @@ def measure_sensitivity(
             batches: Sequence[Text] = batches,
         ) -> Callable[[torch.Tensor], torch.Tensor]:
             if name in grids:
-                lost = weight - round_plain(weight, *grids[name]).dequantize()
+                with name_weight(parameters, name):
+                    lost = weight - round_plain(weight, *grids[name]).dequantize()
                 error = size = 0.0
                 for x, batch in zip(inputs, batches, strict=True):
                     valid = x[batch.attention_mask.bool()]

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from lora_deploy.adapter import LoraUpdate
+from lora_deploy.errors import InputError
 from lora_deploy.quantization.affine import AffineWeight
 from lora_deploy.requantize.correction import round_with_correction
 from lora_deploy.requantize.gram import Gram
@@ -27,7 +29,7 @@ from lora_deploy.requantize.text import Text
 if TYPE_CHECKING:
     from lora_deploy.export.merge import MergedParameters
 
-__all__ = ["calibrate"]
+__all__ = ["calibrate", "name_weight"]
 
 OnWeight = Callable[[str, AffineWeight, "LoraUpdate | None"], None]
 
@@ -50,17 +52,37 @@ def calibrate(
         on_weight: Is given each weight once it is rounded, and its correction.
         scale_dtype: Type that the scales will be stored in.
         correction: Rank of a branch beside each layer that takes back part of the error; 0 for none.
+
+    Raises:
+        InputError: A merged weight is not finite, or too large for the scales' type.
     """
     done: set[str] = set()
     if texts and grids:
-        calibration = _Calibration(grids, texts, on_weight, scale_dtype, correction)
+        calibration = _Calibration(parameters, grids, texts, on_weight, scale_dtype, correction)
         run_streamed(parameters, calibration.batches, calibration.run)
         done = calibration.done
         del calibration  # with the last layer's products
     for name, (bits, blocksize) in grids.items():
         if name not in done:  # no text, or a layer that the model did not run
             weight = parameters.read(f"{name}.weight", transposed=parameters.base.linears[name].is_conv1d)
-            on_weight(name, round_plain(weight, bits, blocksize, scale_dtype), None)
+            with name_weight(parameters, name):
+                rounded = round_plain(weight, bits, blocksize, scale_dtype)
+            on_weight(name, rounded, None)
+
+
+@contextmanager
+def name_weight(parameters: MergedParameters, name: str) -> Iterator[None]:
+    """Say whose weight it is where one cannot be rounded.
+
+    Args:
+        parameters: The merged parameters.
+        name: Of the layer.
+    """
+    try:
+        yield
+    except InputError as error:
+        error.details = {**parameters.base.place(f"{name}.weight"), **error.details}
+        raise
 
 
 class _Calibration:
@@ -68,13 +90,14 @@ class _Calibration:
 
     def __init__(
         self,
+        parameters: MergedParameters,
         grids: Mapping[str, Grid],
         texts: Sequence[Text],
         on_weight: OnWeight,
         scale_dtype: torch.dtype,
         correction: int,
     ) -> None:
-        self.grids, self.on_weight = grids, on_weight
+        self._parameters, self.grids, self.on_weight = parameters, grids, on_weight
         self.scale_dtype, self.correction = scale_dtype, correction
         self.batches: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._valid: list[torch.Tensor] = []
@@ -94,7 +117,8 @@ class _Calibration:
         """One layer: of the full-precision half with its weight, of the other with its codes."""
         if name not in self.grids:
             return lambda x: F.linear(x, weight, bias)
-        deployed = self._round(name, weight, self._gram(inputs))
+        with name_weight(self._parameters, name):
+            deployed = self._round(name, weight, self._gram(inputs))
 
         def forward(x: torch.Tensor) -> torch.Tensor:
             full, quantized = x.chunk(2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from lora_deploy.errors import InputError
 from lora_deploy.quantization.affine import AffineWeight
 from lora_deploy.requantize.gram import Gram
 
@@ -42,6 +43,9 @@ def fit_scales(
 
     Returns:
         float32 (out, blocks).
+
+    Raises:
+        InputError: No scale of the type is large enough.
     """
     blocks = values.view(len(values), -1, blocksize)
     weight = importance.view(1, -1, blocksize)
@@ -55,6 +59,13 @@ def fit_scales(
         found = codes.mul_(scale).sub_(blocks).square_().mul_(weight).sum(-1, keepdim=True)
         better = found < error
         best, error = torch.where(better, scale, best), torch.where(better, found, error)
+    if not bool(torch.isfinite(error).all()):  # every scale overflows; what is left would be zeros
+        raise InputError(
+            "a merged weight is too large for the scales of its codes",
+            found=f"{float(values.abs().max()):g}",
+            expected=f"at most {torch.finfo(scale_dtype).max * (half - 1):g}, with scales in {scale_dtype}",
+            remedy="export with --compute-dtype fp32, or with --precision fp32",
+        )
     return best[..., 0]
 
 

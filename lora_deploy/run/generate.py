@@ -75,7 +75,7 @@ class OnnxModel:
         self.set_adapter(adapter)
         self.tokenizer = load_tokenizer(self.directory)
         self.eos_token_ids = self._find_eos_token_ids()
-        self.context_length = self._find_context_length()
+        self.context_length = self.session.context_length
         self.tokens_per_second: float | None = None
 
     def _find_eos_token_ids(self) -> set[int]:
@@ -87,11 +87,6 @@ class OnnxModel:
             if found is not None:
                 return set(found) if isinstance(found, list) else {found}
         return {self.tokenizer.eos_token_id} - {None}
-
-    def _find_context_length(self) -> int | None:
-        file = self.directory / "config.json"
-        config = read_json(file) if file.is_file() else {}
-        return config.get("max_position_embeddings") or config.get("n_positions")
 
     def set_adapter(self, adapter: str | Mapping[str, float] | None) -> None:
         """Choose the adapter of the runs to come. Costs no reload: each adapter is read and uploaded once.

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lora_deploy.errors import CheckpointError, UsageError
 from lora_deploy.graph_check import metadata_of, read_graph
 from lora_deploy.manifest import Manifest
+from lora_deploy.run.context import check_context, read_context_length
 from lora_deploy.run.interface import check_cache_input, check_logits, first_line
 
 __all__ = ["Cache", "OnnxSession", "host_ortvalue", "import_onnxruntime", "numpy_dtype", "numpy_of"]
@@ -71,6 +72,7 @@ class OnnxSession:
         has_token_type_ids: Whether the graph tells two texts of a pair apart.
         optional_inputs: onnxruntime's types of the inputs that may be left out, by name.
         manifest: What the graph says of itself; None where lora-deploy did not make it.
+        context_length: How many tokens a row may have, past and new; None where the configuration does not say.
         writes_in_place: Whether the graph can write new tokens into a cache that has room for them.
 
     Raises:
@@ -123,6 +125,7 @@ class OnnxSession:
         self.has_token_type_ids = any(node.name == "token_type_ids" for node in inputs)
         self.optional_inputs = {node.name: node.type for node in self.session.get_overridable_initializers()}
         self.writes_in_place = metadata.get("lora_deploy.cache") == "in place"
+        self.context_length = read_context_length(file.parent)
         self._past = [node for node in inputs if node.name.startswith("past_key_values.")]
         for node in self._past:
             check_cache_input(file, node)
@@ -201,7 +204,14 @@ class OnnxSession:
             Logits, float32 (batch, new, vocabulary), and the cache with the new tokens. The cache stays on the device;
             rows of padding hold logits without meaning. A classifier's logits are (batch, labels) or, of
             tokens, (batch, new, labels), and its cache is empty.
+
+        Raises:
+            UsageError: A row has more tokens than the language model has positions for.
+            CheckpointError: onnxruntime cannot run the model, or it does not give logits.
         """
+        is_causal = self.manifest is not None and self.manifest.task == "causal-lm"
+        if is_causal and self.context_length is not None:
+            check_context(self.context_length, attention_mask, in_place=self.writes_in_place)
         batch, new = input_ids.shape
         feeds: dict[str, Any] = {"input_ids": self.upload(input_ids), "attention_mask": self.upload(attention_mask)}
         if self.has_position_ids:

@@ -124,6 +124,6 @@ def test_what_is_too_large_for_the_computation_is_refused(compute: str, value: f
     for pack in (pack_slots, pack_strips):
         with pytest.raises(AdapterError, match="too large") as caught:
             list(pack([slot], adapter, compute))
-        assert caught.value.details["tensor"] == "q+k+v/lora_B"
+        assert caught.value.details["tensor"] == "k.lora_B.weight"
     if compute == "fp16":
         assert list(pack_slots([slot], adapter, "fp32"))

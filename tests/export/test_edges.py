@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,44 +9,17 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lora_deploy.adapter import LoraAdapter, write_adapter
 from lora_deploy.errors import InputError, ParityError
-from lora_deploy.export import ExportResult, export_onnx
+from lora_deploy.export import export_onnx
 from lora_deploy.export.writer import write_data, write_model
 from tests.conftest import QUANTIZED, random_adapter, save_tiny, tiny_model
-from tests.export.conftest import ODD, SHORT
+from tests.export.conftest import ODD
+from tests.export.edges import Change, assert_proven, export_edge
 
 MODES: list[dict[str, Any]] = [{"merge": True}, {"merge": False}, {"merge": False, "branch": "fixed"}]
-Change = Callable[[LoraAdapter], LoraAdapter]
-
-
-def _export(
-    root: Path,
-    method: str = "nf4",
-    base: dict[str, Any] | None = None,
-    change: Change = lambda adapter: adapter,
-    mode: dict[str, Any] | None = None,
-    damage: Callable[[dict[str, torch.Tensor]], object] = lambda tensors: None,
-    **asked: Any,
-) -> ExportResult:
-    """Export a random adapter of a random base, both changed, with the parity gate and its control."""
-    fields = SHORT["llama"] if base is None else base
-    directory = save_tiny("llama", "none", root / "base", **fields)
-    tensors = load_file(directory / "model.safetensors")
-    damage(tensors)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    write_adapter(change(random_adapter(tiny_model("llama", **fields), **asked)), root / "adapter")
-    how = mode or {"merge": True}
-    return export_onnx(directory, root / "adapter", output=root / "out", quantization=method, **how)
-
-
-def _assert_proven(result: ExportResult) -> None:
-    """What was trained is what is there, and the base without its adapter fails at the same tolerance."""
-    assert result.report is not None
-    assert result.report.passed
-    assert result.report.control_failed
 
 
 def _times(factor: float) -> Change:
@@ -63,7 +35,7 @@ def _times(factor: float) -> Change:
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("rank", [1, 150])  # the layers are at most 112 wide
 def test_a_rank_of_one_and_one_beyond_the_layers_own(rank: int, mode: dict[str, Any], tmp_path: Path) -> None:
-    _assert_proven(_export(tmp_path, mode=mode, r=rank, scale=0.2 if rank == 1 else 0.05))
+    assert_proven(export_edge(tmp_path, mode=mode, r=rank, scale=0.2 if rank == 1 else 0.05))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -76,13 +48,13 @@ def test_blocks_of_zeros_in_odd_shapes(method: str, mode: dict[str, Any], tmp_pa
             if name.endswith("_proj.weight"):
                 values[3:9] = 0
 
-    _assert_proven(_export(tmp_path, method, ODD["llama"], mode=mode, damage=damage))
+    assert_proven(export_edge(tmp_path, method, ODD["llama"], mode=mode, damage=damage))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("alpha", [1e6, 1e-6])
 def test_scales_that_b_makes_up_for(alpha: float, mode: dict[str, Any], tmp_path: Path) -> None:
-    _assert_proven(_export(tmp_path, mode=mode, lora_alpha=alpha, change=_times(10 / alpha)))
+    assert_proven(export_edge(tmp_path, mode=mode, lora_alpha=alpha, change=_times(10 / alpha)))
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -92,7 +64,7 @@ def test_an_adapter_that_changes_nothing_does_not_pass_the_gate(
 ) -> None:
     """The control could not tell the export from the bare base; nothing is written."""
     with pytest.raises(ParityError) as caught:
-        _export(tmp_path, mode=mode, change=_times(factor))
+        export_edge(tmp_path, mode=mode, change=_times(factor))
     assert caught.value.exit_code == 4
     assert not (tmp_path / "out").exists()
 
@@ -106,10 +78,10 @@ def test_a_bfloat16_adapter_on_a_float32_base(mode: dict[str, Any], tmp_path: Pa
         }
         return replace(adapter, updates=updates)
 
-    result = _export(tmp_path, mode=mode, change=change)
+    result = export_edge(tmp_path, mode=mode, change=change)
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert {values.dtype for values in stored.values()} == {torch.bfloat16}
-    _assert_proven(result)
+    assert_proven(result)
 
 
 def test_a_vocabulary_that_was_resized_after_training_is_named(tmp_path: Path) -> None:

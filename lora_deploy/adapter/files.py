@@ -230,5 +230,5 @@ def write_adapter(adapter: LoraAdapter, directory: str | Path) -> None:
         partial = directory / f"{CONFIG_NAME}.partial"
         partial.write_text(adapter.config.to_json(), encoding="utf-8")
         partial.replace(directory / CONFIG_NAME)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
         raise OutputError("the adapter could not be written", file=directory, found=str(error)) from error

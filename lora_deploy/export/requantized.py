@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
 
 import onnx_ir as ir
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lora_deploy.adapter import LoraAdapter, LoraUpdate
 from lora_deploy.config import LoraConfig
+from lora_deploy.errors import OutputError
 from lora_deploy.export.coded import CodedBase, initializer_shapes
 from lora_deploy.export.graph import WeightSource
 from lora_deploy.export.merge import MergedParameters
@@ -138,6 +141,15 @@ def correction_shapes(base: TrainingBase, grids: Mapping[str, Grid], rank: int) 
     return LoraAdapter(LoraConfig(r=rank, lora_alpha=rank), updates, source="the correction")
 
 
+@contextmanager
+def _spooling(file: Path) -> Iterator[None]:
+    """What the system refuses, as an error of ours."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
+        raise OutputError("the export could not be written", file=file, found=str(error)) from error
+
+
 class RoundedWeights:
     """Codes, scales and corrections, on disk from the time they are made until the graph's data file gets them.
 
@@ -152,7 +164,8 @@ class RoundedWeights:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        directory.mkdir()
+        with _spooling(directory):
+            directory.mkdir()
         self.updates: dict[str, LoraUpdate] = {}
         self.hashes: dict[str, str] = {}
         self.taken: dict[str, int] = {}
@@ -180,7 +193,8 @@ class RoundedWeights:
         def keep(name: str, weight: AffineWeight, update: LoraUpdate | None) -> None:
             tensors = {"codes": weight.packed().contiguous(), "scales": weight.scales.contiguous()}
             self.hashes[name] = hash_tensors(iter([(name, list(tensors.values()))]))
-            save_file(tensors, self._file(name))
+            with _spooling(self._file(name)):
+                save_file(tensors, self._file(name))
             if update is not None:
                 self.updates[name] = update
             on_layer(len(self.hashes), len(grids))
@@ -200,7 +214,8 @@ class RoundedWeights:
 
     def read(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and scales of one layer, as the initializers hold them."""
-        tensors = load_file(self._file(module))
+        with _spooling(self._file(module)):
+            tensors = load_file(self._file(module))
         return tensors["codes"], tensors["scales"]
 
     def _file(self, module: str) -> Path:

@@ -23,6 +23,7 @@ Tree = dict[str, tuple[int, str]]
 _WAYS = {
     "merge": ["--merge", "--no-verify"],
     "verified": ["--merge"],
+    "int4": ["--merge", "--precision", "int4", "--calibration-rows", "0", "--no-verify"],
     "branch": ["--branch", "--no-verify"],
     "convert": ["--branch", "--no-verify"],
 }
@@ -32,7 +33,8 @@ class Scene:
     """A command that replaces an output, as often as it is asked to.
 
     Args:
-        kind: "merge", "verified" (merged) or "branch" to export, "convert" to add an adapter to a hot-swap export.
+        kind: "merge", "verified" (merged), "int4" (merged) or "branch" to export, "convert" to add an adapter to a
+            hot-swap export.
         new: Whether nothing is there before.
         base: Of all exports.
         root: An empty directory.

@@ -12,7 +12,7 @@ from tests.faults.scenes import Scene, SceneFactory, assert_one_message_or_none
 from tests.faults.tally import Tally
 
 SCENES = [("merge", True), ("merge", False), ("branch", True), ("branch", False), ("convert", False)]
-SCENES += [("verified", True), ("verified", False)]
+SCENES += [("verified", True), ("verified", False), ("int4", True)]
 BROKEN = {"input/output error": errno.EIO, "read-only or vanished directory": errno.EROFS}
 
 
@@ -42,7 +42,7 @@ def _some(count: int, parts: int) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["once", "staying"])
-@pytest.mark.parametrize(("kind", "new"), [("merge", True), ("branch", False), ("convert", False)])
+@pytest.mark.parametrize(("kind", "new"), [("merge", True), ("branch", False), ("convert", False), ("int4", True)])
 def test_a_full_disk_at_some_writes(kind: str, new: bool, mode: str, scene: SceneFactory, tally: Tally) -> None:
     made = scene(kind, new)
     _fill(made, _some(made.count(SPACE), 4), mode, tally)

@@ -21,6 +21,8 @@ __all__ = [
     "DATA_PATTERN",
     "FILES_ENTRY",
     "MODEL_NAME",
+    "MOVING",
+    "OWN_PATTERN",
     "REPORT_NAME",
     "SEAL_ENTRY",
     "SIDE_FILES",
@@ -33,6 +35,7 @@ __all__ = [
     "hash_file",
     "seal_bytes",
     "seal_of",
+    "stem_of",
 ]
 
 MODEL_NAME, REPORT_NAME = "model.onnx", "parity.json"
@@ -51,6 +54,10 @@ TOKENIZER_FILES = (
 )
 # What an export may hold beside the graphs, their data and the report.
 SIDE_FILES = ("config.json", "generation_config.json", "genai_config.json", *TOKENIZER_FILES)
+# What a writer has inside an output where it has no place beside it: its lock, and what it stages.
+OWN_PATTERN = ".lora-deploy.*"
+# In the staging directory while files are moved one by one.
+MOVING = "moving"
 DATA_PATTERN = "model-*.onnx.data"
 
 SEAL_ENTRY = "lora_deploy.model_sha256"
@@ -62,6 +69,14 @@ _SEALS = {
     REPORT_NAME: re.compile(rb'"report_sha256": "(' + _HEX + rb')"'),
 }
 _PIECE = 1 << 22
+
+
+def stem_of(output: Path) -> Path:
+    """What the names of a writer's lock and staging directory begin with: beside the output, or, where nothing can be
+    written or renamed there, inside."""
+    if output.is_dir() and (os.path.ismount(output) or not os.access(output.parent, os.W_OK | os.X_OK)):
+        return output / OWN_PATTERN.removesuffix(".*")
+    return output.parent / f".{output.name}"
 
 
 def hash_file(file: Path) -> str:
@@ -114,6 +129,13 @@ def check_files(directory: Path) -> dict[str, str]:
     from lora_deploy.run.adapter_seal import check_sealed
 
     file = directory / MODEL_NAME
+    stem = stem_of(Path(os.path.realpath(directory)))
+    if (stem.with_name(f"{stem.name}.staging") / MOVING).exists():
+        raise CheckpointError(
+            "an export into this directory was broken off between its files",
+            file=directory,
+            remedy="export again with --overwrite",
+        )
     entries = read_metadata(directory)
     if FILES_ENTRY not in entries:
         raise CheckpointError("this model was not exported by lora-deploy", file=file)

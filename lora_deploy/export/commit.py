@@ -21,13 +21,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lora_deploy.errors import OutputError
-from lora_deploy.integrity import DATA_PATTERN, MODEL_NAME, REPORT_NAME, SIDE_FILES
+from lora_deploy.integrity import DATA_PATTERN, MODEL_NAME, MOVING, REPORT_NAME, SIDE_FILES, stem_of
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX
 
-__all__ = ["OWN_PATTERN", "commit", "locked", "staging_directory", "sync", "write_failure"]
+__all__ = ["commit", "locked", "staging_directory", "sync", "write_failure"]
 
-# What a writer has beside an output, or inside: its lock, and what it stages.
-OWN_PATTERN = ".lora-deploy.*"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # The file system, the kernel or the C library has no exchange, or not between these directories.
 _NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EBUSY, errno.EPERM}
@@ -48,7 +46,7 @@ def locked(output: Path) -> Iterator[Path]:
     """
     output = Path(os.path.realpath(output))
     missing = [parent for parent in output.parents if not os.path.lexists(parent)]
-    stem = _stem(output)
+    stem = stem_of(output)
     file = stem.with_name(f"{stem.name}.lock")
     lock = FileLock(file, timeout=0)
     try:
@@ -113,15 +111,6 @@ def _make(staging: Path, output: Path) -> None:
         raise write_failure(output, error) from error
 
 
-def _stem(output: Path) -> Path:
-    """What the names of the lock and the staging directory begin with: beside the output, or, where nothing can be
-    written or renamed there, inside."""
-    parent = output.parent
-    if output.is_dir() and (os.path.ismount(output) or not os.access(parent, os.W_OK | os.X_OK)):
-        return output / OWN_PATTERN.removesuffix(".*")
-    return parent / f".{output.name}"
-
-
 def commit(staging: Path, output: Path) -> None:
     """Put the staged export into its place.
 
@@ -154,7 +143,7 @@ def _can_rename(output: Path) -> bool:
         here = Path.cwd()
     except OSError:  # it was removed
         here = Path()
-    return output not in (here, *here.parents) and _stem(output).parent == output.parent
+    return output not in (here, *here.parents) and stem_of(output).parent == output.parent
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -206,10 +195,12 @@ def _move_files(staging: Path, output: Path) -> None:
     files = sorted(path for path in staging.rglob("*") if path.is_file() and path.name != MODEL_NAME)
     if any(path.name != MODEL_NAME for place in (staging, output) for path in place.glob("*.onnx")):
         _refuse_second_graph(output)
-    moved: list[tuple[Path, Path | None]] = []
+    moved: list[tuple[Path, Path, Path | None]] = []
     directories = (output / ADAPTER_DIRECTORY, output)
     missing = [path for path in directories if not os.path.lexists(path)]
     try:
+        (staging / MOVING).touch()  # `verify` knows by it of a commit that was killed
+        sync(staging)
         output.mkdir(exist_ok=True)
         for number, file in enumerate(files):
             target = output / file.relative_to(staging)
@@ -219,13 +210,14 @@ def _move_files(staging: Path, output: Path) -> None:
                 previous = staging / f"previous-{number}"
                 if not target.match(DATA_PATTERN):  # its name is its content: the old one is the new one
                     shutil.copy2(target, previous)
+            moved.append((file, target, previous))
             file.replace(target)
-            moved.append((target, previous))
         _sync_tree(output)  # all that the graph reads is on the disk before the graph is
         (staging / MODEL_NAME).replace(output / MODEL_NAME)
     except BaseException:
-        _put_back(moved)
-        _remove_empty(missing)
+        if (staging / MODEL_NAME).exists():  # Ctrl-C may come just after the last move
+            _put_back(moved)
+            _remove_empty(missing)
         raise
     with suppress(OSError):  # the export is there; what is left of an older one is not read with it
         sync(output)
@@ -248,9 +240,11 @@ def _refuse_second_graph(output: Path) -> None:
         )
 
 
-def _put_back(moved: list[tuple[Path, Path | None]]) -> None:
-    for target, previous in moved:
+def _put_back(moved: list[tuple[Path, Path, Path | None]]) -> None:
+    for staged, target, previous in moved:
         with suppress(OSError):
+            if staged.exists():  # it was not moved yet
+                continue
             if previous is None:
                 target.unlink()
             elif previous.is_file():

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from lora_deploy.errors import OutputError
-from lora_deploy.export.commit import OWN_PATTERN, write_failure
-from lora_deploy.integrity import MODEL_NAME
+from lora_deploy.export.commit import write_failure
+from lora_deploy.integrity import MODEL_NAME, OWN_PATTERN
 
 __all__ = ["check_output", "check_space"]
 

@@ -155,7 +155,7 @@ def test_an_error_decides_the_code_and_is_the_whole_message(
     def fail(*arguments: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("lora_deploy.verify.verify", fail)
+    monkeypatch.setattr("lora_deploy.integrity.check_files", fail)
     assert command("verify", "out", "--quiet") == (code, "", message)
 
 

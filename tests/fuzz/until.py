@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 __all__ = ["fuzz"]
 
 # Of each target.
-SECONDS = float(os.environ.get("LORA_DEPLOY_FUZZ_SECONDS", "10"))
+SECONDS = float(os.environ.get("LORA_DEPLOY_FUZZ_SECONDS", "8"))
 
 
 def fuzz(check: Callable[[Any], object], inputs: SearchStrategy[Any]) -> int:

@@ -132,6 +132,7 @@ def test_every_byte_of_the_codes_is_what_bitsandbytes_made_of_the_checkpoint(
     assert seen == 210
 
 
+@pytest.mark.slow  # tests/export/test_branch.py says so of tiny models
 def test_branch_and_merge_are_the_same_function(export: Export, base: TrainingBase) -> None:
     batches = make_batches(base)
     merged = _logits(OnnxSession(export("--merge")), batches, {})
@@ -191,6 +192,7 @@ def test_a_pooled_run_of_eight_rows_is_eight_runs(
         assert _distance([found[row - 1 : row] if row else found[-1:]], [expected], [one]) > 1e-2
 
 
+@pytest.mark.slow  # test_merged.py says so of merged weights, tests/run of adapters
 def test_pytorch_onnxruntime_and_genai_give_the_same_tokens(
     trained: Trained, export: Export, base: TrainingBase, capsys: pytest.CaptureFixture[str]
 ) -> None:

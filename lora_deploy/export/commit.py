@@ -214,14 +214,22 @@ def _move_files(staging: Path, output: Path) -> None:
             file.replace(target)
         _sync_tree(output)  # all that the graph reads is on the disk before the graph is
         (staging / MODEL_NAME).replace(output / MODEL_NAME)
+        with suppress(OSError):
+            sync(output)
     except BaseException:
-        if (staging / MODEL_NAME).exists():  # Ctrl-C may come just after the last move
+        if (staging / MODEL_NAME).exists():
             _put_back(moved)
             _remove_empty(missing)
+        else:  # Ctrl-C just after the last move
+            _remove_older(output, files, staging)
         raise
-    with suppress(OSError):  # the export is there; what is left of an older one is not read with it
-        sync(output)
-        kept = {MODEL_NAME, *(str(file.relative_to(staging)) for file in files)}
+    _remove_older(output, files, staging)
+
+
+def _remove_older(output: Path, files: list[Path], staging: Path) -> None:
+    """The export is there; what is left of an older one is not read with it."""
+    kept = {MODEL_NAME, *(str(file.relative_to(staging)) for file in files)}
+    with suppress(OSError):
         for path in [*output.iterdir(), *(output / ADAPTER_DIRECTORY).glob("*")]:
             name = path.relative_to(output)
             if path.is_file() and _is_of_export(name) and str(name) not in kept:

@@ -1,20 +1,16 @@
-"""Safetensors checkpoints, read one tensor at a time.
-
-`safetensors` maps a whole file into memory, and the kernel counts mapped pages as resident until the
-file is closed. So each read opens the file, takes one tensor and lets go of it: the peak is the
-largest tensor, not the file.
-"""
+"""Safetensors checkpoints, read one tensor at a time: the peak is the largest tensor, not the file."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from lora_deploy.errors import CheckpointError
 from lora_deploy.inputs.model import local_directory, open_model
+from lora_deploy.reader import TensorReader
 
 __all__ = ["Checkpoint", "resolve_model"]
 
@@ -58,6 +54,7 @@ class Checkpoint:
         self.directory = Path(directory)
         self.config, headers = open_model(self.directory)
         self._files = {name: file for file, entries in headers.items() for name in entries}
+        self._reader = TensorReader()
         self._shapes = {name: entry.shape for entries in headers.values() for name, entry in entries.items()}
 
     def __contains__(self, name: object) -> bool:
@@ -83,8 +80,7 @@ class Checkpoint:
         if name not in self._files:
             raise CheckpointError("a tensor of the model is missing", file=self.directory, tensor=name)
         try:
-            with safe_open(self._files[name], framework="pt") as opened:
-                return opened.get_tensor(name)  # type: ignore[no-any-return]
+            return self._reader.read(self._files[name], name, math.prod(self._shapes[name]))
         except Exception as error:  # torch's own, too, of a type or a shape that it cannot hold
             raise CheckpointError(
                 "the weights are truncated or damaged",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
-from safetensors import safe_open
 
 from lora_deploy.adapter.adapter import LoraUpdate
 from lora_deploy.adapter.tables import EmbeddingUpdate, TableUpdate, TokenRows
 from lora_deploy.config import LoraConfig
+from lora_deploy.reader import TensorReader
 
 __all__ = ["TOKENS", "Part", "Stored", "make_table", "make_update", "tokens_of"]
 
@@ -39,10 +40,13 @@ class Stored(Mapping[str, _Change]):
         make: Callable[[str, Parts, LoraConfig], _Change],
     ) -> None:
         self._file, self._parts, self._config, self._make = file, parts, config, make
+        self._reader = TensorReader()
 
     def __getitem__(self, target: str) -> _Change:
-        with safe_open(self._file, framework="pt") as opened:
-            read = {name: opened.get_tensor(part.key) for name, part in self._parts[target].items()}
+        read = {
+            name: self._reader.read(self._file, part.key, math.prod(part.shape))
+            for name, part in self._parts[target].items()
+        }
         return self._make(target, read, self._config)
 
     def __contains__(self, target: object) -> bool:

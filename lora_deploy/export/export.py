@@ -15,12 +15,12 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from lora_deploy.adapter import LoraAdapter
 from lora_deploy.adapter.packing import deployed_adapter
-from lora_deploy.entries import FILES_ENTRY
+from lora_deploy.entries import FILES_ENTRY, recorded_adapters
 from lora_deploy.errors import UsageError
 from lora_deploy.export.branch import add_slot_inputs, stream_branches
 from lora_deploy.export.coded import stream_codes
 from lora_deploy.export.commit import commit, staging_directory
-from lora_deploy.export.merge import MergedParameters, hash_adapter
+from lora_deploy.export.merge import MergedParameters
 from lora_deploy.export.module import Examples, plan_module
 from lora_deploy.export.module_base import ModuleBase
 from lora_deploy.export.onnx_adapter import write_onnx_adapter
@@ -36,7 +36,7 @@ from lora_deploy.export.source import SourceChoice
 from lora_deploy.export.ties import note_ties
 from lora_deploy.export.weights import largest_first, stream_constants, stream_weights
 from lora_deploy.export.writer import write_data, write_model
-from lora_deploy.integrity import base_key, find_adapters, hash_file
+from lora_deploy.integrity import MODEL_NAME, base_key, find_adapters, hash_file
 from lora_deploy.manifest import BranchKind
 from lora_deploy.places import remember_place
 from lora_deploy.quantization.hashes import combine_hashes
@@ -234,11 +234,12 @@ def _hash_files(staging: Path, data_sha256: str) -> str:
 
 def _remember(plan: ExportPlan) -> None:
     """Where base and adapters are, for `verify`."""
+    entries = plan.lowered.graph.model.metadata_props
     if plan.base.task != "module":
-        remember_place(base_key(plan.lowered.graph.model.metadata_props), plan.base.directory)
-    for lora in plan.adapters.values():
-        if lora.source:
-            remember_place(hash_adapter(lora), lora.source)
+        remember_place(base_key(entries), plan.base.directory)
+    for name, recorded in recorded_adapters(entries, plan.output / MODEL_NAME).items():
+        if plan.adapters[name].source:
+            remember_place(recorded["sha256"], plan.adapters[name].source)
 
 
 def _merged(plan: ExportPlan) -> LoraAdapter | None:

@@ -69,14 +69,15 @@ def verify(
         )
     graph = directory / MODEL_NAME
     scheme = recorded_scheme(recorded_text(entries, "quantization", graph), graph)
-    read = _read_adapters(directory, entries, adapter)
+    later = converted_later(directory, entries)
+    read = _read_adapters(directory, entries, adapter, later)
     base_model = model if model is not None else _find_base(directory, entries)
     with _naming("--model"):
         base = open_base(base_model, scheme, read.values())
     expect_same(base.sha256(), recorded_text(entries, "base_sha256", graph), "base", base.directory, "--model")
     adapters = {name: drop_copies(lora, base) for name, lora in read.items()}
-    _expect_adapters({name: adapters[name] for name in adapters.keys() - converted_later(directory, entries)}, entries)
-    _remember(base.directory, adapters, entries)
+    remember_place(base_key(entries), base.directory)
+    _expect_adapters(adapters, entries, later, graph)
     records = [TrainingRecord.load(lora.source) for lora in adapters.values()]
     report = check_parity(
         directory,
@@ -103,12 +104,13 @@ def _read_adapters(
     directory: Path,
     entries: Mapping[str, str],
     given: str | Path | Sequence[str] | Mapping[str, str | Path] | None,
+    later: Collection[str],
 ) -> dict[str, LoraAdapter]:
     """The adapters to check: those that the export names, where they are now, and those that were added later."""
     recorded = recorded_adapters(entries, directory / "model.onnx")
     manifest = Manifest.read(entries, directory / "model.onnx")
     files = find_adapters(directory) if manifest.branch == "hot-swap" else {}
-    known, replaced = set(recorded) | set(files), converted_later(directory, entries)
+    known = set(recorded) | set(files)
     if given is None:
         places: dict[str, str | Path | None] = dict.fromkeys(recorded)
     elif isinstance(given, Mapping):
@@ -125,7 +127,7 @@ def _read_adapters(
             raise UsageError(
                 "the export does not know this adapter", found=name, expected=", ".join(sorted(known)), remedy=remedy
             )
-        if place is None and name in replaced:
+        if place is None and name in later:
             raise CheckpointError(
                 "an adapter was converted anew since the export",
                 file=files[name],
@@ -156,13 +158,6 @@ def _find_base(directory: Path, entries: Mapping[str, str]) -> str | Path:
     return place
 
 
-def _remember(base: Path, adapters: Mapping[str, LoraAdapter], entries: Mapping[str, str]) -> None:
-    """What was named, and is what the export was made from, is found the next time."""
-    remember_place(base_key(entries), base)
-    for lora in adapters.values():
-        remember_place(hash_adapter(lora), lora.source)
-
-
 def _find_adapter(name: str, recorded: Mapping[str, Mapping[str, str]]) -> Path:
     place = find_place(recorded[name]["sha256"])
     if place is None:
@@ -175,12 +170,15 @@ def _find_adapter(name: str, recorded: Mapping[str, Mapping[str, str]]) -> Path:
     return place
 
 
-def _expect_adapters(adapters: Mapping[str, LoraAdapter], entries: Mapping[str, str]) -> None:
-    """Those that the export was made from must be what they were."""
-    recorded = recorded_adapters(entries, "model.onnx")
-    for name in recorded.keys() & adapters.keys():
-        found = hash_adapter(adapters[name])
-        expect_same(found, recorded[name]["sha256"], "adapter", adapters[name].source, "--adapter")
+def _expect_adapters(
+    adapters: Mapping[str, LoraAdapter], entries: Mapping[str, str], later: Collection[str], graph: Path
+) -> None:
+    """Those that the export was made from must be what they were; where they are is remembered."""
+    for name, recorded in recorded_adapters(entries, graph).items():
+        if name in adapters and name not in later:
+            lora = adapters[name]
+            expect_same(hash_adapter(lora), recorded["sha256"], "adapter", lora.source, "--adapter")
+            remember_place(recorded["sha256"], lora.source)
 
 
 def _name_and_place(

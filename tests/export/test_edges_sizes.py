@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -148,6 +149,21 @@ def test_padding_takes_a_place_only_in_place(cache: str, branch_export: BranchFa
     with pytest.raises(UsageError, match="more tokens than the model has positions for") as caught:
         session.forward(ids.numpy(), mask)
     assert "one by one" in caught.value.details["remedy"]
+
+
+@pytest.mark.slow
+def test_a_graph_of_ten_thousand_initializers(tmp_path: Path) -> None:
+    """700 layers of 16 initializers each; without the gate, which runs such a model for minutes."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    fields = {**sizes, "num_hidden_layers": 700, "head_dim": 8, "initializer_range": 0.05}
+    base = save_tiny("llama", "none", tmp_path / "base", **fields)
+    write_adapter(random_adapter(tiny_model("llama", **fields), r=1, scale=0.1), tmp_path / "adapter")
+    asked: dict[str, Any] = {"merge": False, "branch": "fixed", "quantization": "none", "verify": False}
+    output = export_onnx(base, tmp_path / "adapter", output=tmp_path / "out", **asked).output
+    assert len(onnx.load(output / "model.onnx", load_external_data=False).graph.initializer) > 10_000
+    ids = token_ids(2, 6)
+    found = _run(OnnxSession(output), ids, [6])
+    _assert_is_the_twin(found, base, tmp_path / "adapter", ids, "none")
 
 
 def test_a_graph_beyond_what_a_file_can_hold_is_refused_by_name(

@@ -71,8 +71,8 @@ class Checkpoint:
         """The shape of a tensor, without reading it."""
         return self._shapes[name]
 
-    def read(self, name: str) -> torch.Tensor:
-        """Read one tensor. Its memory is a mapping of the file that ends with the tensor.
+    def read(self, name: str, rows: range | None = None) -> torch.Tensor:
+        """Read one tensor, or some of its rows. Its memory is a mapping of the file that ends with the tensor.
 
         Raises:
             CheckpointError: There is no such tensor, or the file was damaged since it was opened.
@@ -80,7 +80,7 @@ class Checkpoint:
         if name not in self._files:
             raise CheckpointError("a tensor of the model is missing", file=self.directory, tensor=name)
         try:
-            return self._reader.read(self._files[name], name, math.prod(self._shapes[name]))
+            return self._reader.read(self._files[name], name, math.prod(self._shapes[name]), rows)
         except Exception as error:  # torch's own, too, of a type or a shape that it cannot hold
             raise CheckpointError(
                 "the weights are truncated or damaged",

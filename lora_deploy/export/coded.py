@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast
 
 import onnx_ir as ir
 import torch
-import torch.nn.functional as F
 
 from lora_deploy.codes import pair_table
 from lora_deploy.export.graph import Segment, WeightSource
+from lora_deploy.export.pipeline import Job, Parts, in_order
 from lora_deploy.export.scales import cast_scales
 from lora_deploy.export.sites import LinearSite, Product, constant, matmul_transposed
 from lora_deploy.manifest import CodedWeight, StoredModule
@@ -287,7 +288,7 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, coded: CodedWeight, shape:
 def stream_codes(
     model: ir.Model, coded: Sequence[CodedWeight], base: TrainingBase, hashes: dict[str, str]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Codes and scales of every product, those of one at a time.
+    """Codes and scales of every product, several at a time.
 
     Args:
         model: The graph; tells the types.
@@ -296,25 +297,34 @@ def stream_codes(
         hashes: Gets the hash of each layer's quantized weight, by name.
 
     Yields:
-        Name of the initializer and its values.
+        Name of the initializer and values of it, one part after the other.
 
     Raises:
         InputError: A scale is too large or too small for the type of the computation.
     """
-    for weight in coded:
-        if weight.requantized:
-            continue
-        parts = []
-        for module in weight.modules:
-            stored = base.weight(module.name)
-            hashes[module.name] = hash_tensors(iter([(module.name, list(stored.stored()))]))
-            codes, scales = encode(stored, weight)
-            parts.append((codes, cast_scales(scales, _dtype_of(model, weight.scales), f"{module.name}.weight", base)))
-        codes_shape, scales_shape = initializer_shapes(weight)
-        codes, scales = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
-        del parts
-        yield weight.codes, F.pad(codes, (0, math.prod(codes_shape) - codes.numel())).view(codes_shape)
-        yield weight.scales, scales.view(scales_shape)
+    jobs = (
+        Job(math.prod(weight.shape), partial(_make_codes, model, weight, base, hashes))
+        for weight in coded
+        if not weight.requantized
+    )
+    yield from in_order(jobs)
+
+
+def _make_codes(model: ir.Model, weight: CodedWeight, base: TrainingBase, hashes: dict[str, str]) -> Parts:
+    all_codes: Parts = []
+    all_scales: Parts = []
+    missing = math.prod(initializer_shapes(weight)[0])
+    for module in weight.modules:
+        stored = base.weight(module.name)
+        hashes[module.name] = hash_tensors([(module.name, list(stored.stored()))])
+        codes, scales = encode(stored, weight)
+        scales = cast_scales(scales, _dtype_of(model, weight.scales), f"{module.name}.weight", base)
+        all_codes.append((weight.codes, codes))
+        all_scales.append((weight.scales, scales))
+        missing -= codes.numel()
+    if missing:
+        all_codes.append((weight.codes, torch.zeros(missing, dtype=all_codes[0][1].dtype)))
+    return [*all_codes, *all_scales]
 
 
 def _dtype_of(model: ir.Model, name: str) -> torch.dtype:

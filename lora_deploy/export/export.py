@@ -29,7 +29,7 @@ from lora_deploy.export.output import check_output, check_space
 from lora_deploy.export.outputs import stream_output_changes
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.provenance import describe_rounding, describe_sources, make_manifest
-from lora_deploy.export.requantized import RoundedWeights, stream_rounded
+from lora_deploy.export.rounded import RoundedWeights, stream_rounded
 from lora_deploy.export.seq2seq import write_parts
 from lora_deploy.export.side_files import write_side_files
 from lora_deploy.export.source import SourceChoice
@@ -176,7 +176,8 @@ def export_onnx(
     plan = make_plan(requantization=requantization)
     with staging_directory(plan.output) as staging:
         check_output(plan.output, overwrite, [])  # somebody else may have written there meanwhile
-        check_space(staging, plan.expected_bytes * (1 if plan.requantization is None else 2))
+        calibrated = plan.requantization is not None and plan.requantization.rows
+        check_space(staging, plan.expected_bytes * (2 if calibrated else 1))
         if plan.requantization is not None and plan.requantization.budget_bits is not None:
             on_progress("choosing layers", 0, 1)
             parameters = MergedParameters(plan.base, _merged(plan))
@@ -262,17 +263,17 @@ def _round(plan: ExportPlan, parameters: MergedParameters, staging: Path, on_pro
     """The merged weights as codes."""
     asked = plan.requantization
     assert asked is not None
-    rounded, texts = RoundedWeights(staging / ".rounded"), _texts(plan)
+    scale_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[plan.compute_dtype]
+    rounded, texts = RoundedWeights(staging / ".rounded", parameters, plan.grids, scale_dtype), _texts(plan)
     rounded.taken = rows_taken(texts)
     for text in texts:
         if text.name == "task" and text.source:
             remember_place(hash_file(Path(text.source)), text.source)
-    scale_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[plan.compute_dtype]
 
     def on_layer(done: int, total: int) -> None:
         on_progress("rounding weights", done, total)
 
-    rounded.make(parameters, plan.grids, texts, scale_dtype, asked.correction, on_layer)
+    rounded.calibrate(texts, asked.correction, on_layer)
     return rounded
 
 
@@ -284,7 +285,7 @@ def _stream(
     yield from stream_weights(graph, largest_first(lowered.graph.sources, plan.base.shapes), parameters)
     yield from stream_codes(graph, lowered.coded, plan.base, parameters.code_hashes)
     if rounded is not None:
-        yield from stream_rounded(graph, lowered.coded, plan.base, rounded)
+        yield from stream_rounded(graph, lowered.coded, rounded)
         if rounded.updates:
             yield from stream_branches(lowered.slots, [rounded.correction()], plan.compute_dtype)
     if lowered.changes:

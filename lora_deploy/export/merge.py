@@ -41,12 +41,13 @@ class MergedParameters:
         self.adapter = adapter
         self.code_hashes: dict[str, str] = {}
 
-    def read(self, parameter: str, *, transposed: bool = False) -> torch.Tensor:
-        """Read one parameter.
+    def read(self, parameter: str, *, transposed: bool = False, rows: range | None = None) -> torch.Tensor:
+        """Read one parameter. Threads may do so at the same time.
 
         Args:
             parameter: Its name in the transformers model.
             transposed: Whether the checkpoint stores it as (in, out) and (out, in) is wanted.
+            rows: Those that are wanted, of a parameter that `has_rows`; None for all.
 
         Returns:
             A weight that is quantized or updated, and a table of tokens that is changed: float32, (out, in). Anything
@@ -55,6 +56,8 @@ class MergedParameters:
         Raises:
             InputError: It is missing or not finite, or the merge overflows.
         """
+        if rows is not None:
+            return self.base.tensor(parameter, rows)
         trained = self.adapter.parameters.get(parameter) if self.adapter else None
         module = parameter.removesuffix(".weight")
         if trained is None and parameter.endswith(".weight") and module in self.base.linears:
@@ -67,6 +70,15 @@ class MergedParameters:
         if update is not None:  # an adapted output head
             return self._finite(update.merge_into(values.to(torch.float32, copy=True)), parameter)
         return values.t() if transposed else values
+
+    def has_rows(self, parameter: str) -> bool:
+        """Whether a parameter can be read some rows at a time: it is as the checkpoint stores it.
+
+        Args:
+            parameter: Its name in the transformers model.
+        """
+        is_table = len(self.base.shapes[parameter]) == 2 and parameter.removesuffix(".weight") not in self.base.linears
+        return is_table and not self.changes(parameter)
 
     def changes(self, parameter: str) -> bool:
         """Whether the adapter changes a parameter.
@@ -83,7 +95,7 @@ class MergedParameters:
     def _linear(self, module: str) -> torch.Tensor:
         weight = self.base.weight(module)
         if weight.scheme != "none":
-            self.code_hashes[module] = hash_tensors(iter([(module, list(weight.stored()))]))
+            self.code_hashes[module] = hash_tensors([(module, list(weight.stored()))])
         update = self.adapter.updates.get(module) if self.adapter else None
         if update is None:
             return next(weight.stored()) if weight.scheme == "none" else weight.dequantize()

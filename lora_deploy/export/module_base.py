@@ -121,12 +121,12 @@ class ModuleBase(TrainingBase):
         weight = self._weights[module]
         return weight.scheme, weight.blocksize if isinstance(weight, Blockwise4BitWeight) else weight.shape[1]
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A parameter or buffer that is not quantized, as it is."""
+    def tensor(self, name: str, rows: range | None = None) -> torch.Tensor:
+        """A parameter or buffer that is not quantized, or some of its rows, as it is."""
         values = self._state.get(self.aliases.get(name, name))
         if values is None or (name.endswith(".weight") and self._is_coded(name.removesuffix(".weight"))):
             raise CheckpointError("the module has no such plain tensor", file=self.directory, tensor=name)
-        return values.detach().cpu()
+        return (values if rows is None else values[rows.start : rows.stop]).detach().cpu()
 
     def place(self, name: str) -> dict[str, str]:
         """The module and the parameter, for messages."""

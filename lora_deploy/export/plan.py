@@ -164,8 +164,7 @@ def plan_export(
         lora.check_against(base.shapes, linears)
         check_tables(lora, base)
     loras = {name: drop_copies(lora, base) for name, lora in loras.items()}
-    for name, record in records.items():
-        _check_record(base, record, str(named[name]))
+    base.hash_ahead()
     weights, compute = choose_types(base, precision, compute_dtype, branch, provider, expand)
     level = choose_accuracy_level(accuracy_level, weights, branch, provider, expand)
     in_place = choose_cache(cache, weights, branch, provider, compute)
@@ -192,6 +191,8 @@ def plan_export(
     lowered = prepare_graph(
         base, loras, branch, adapter_precision == "int8", coded_base, compute, provider, correction, graph_source
     )
+    for name, record in records.items():
+        _check_record(base, record, str(named[name]))
     if in_place:
         lowered = replace(lowered, graph=group_attention(lowered.graph, required=cache is not None))
     if branch in ("hot-swap", "pooled"):

@@ -12,7 +12,7 @@ from lora_deploy.adapter import LoraAdapter
 from lora_deploy.export.branch import stream_branches
 from lora_deploy.export.merge import hash_adapter
 from lora_deploy.export.plan import ExportPlan
-from lora_deploy.export.requantized import RoundedWeights
+from lora_deploy.export.rounded import RoundedWeights
 from lora_deploy.manifest import Manifest
 from lora_deploy.quantization.hashes import hash_tensors
 

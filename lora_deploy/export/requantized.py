@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, cast
 
 import onnx_ir as ir
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from lora_deploy.adapter import LoraAdapter, LoraUpdate
 from lora_deploy.config import LoraConfig
-from lora_deploy.errors import OutputError
 from lora_deploy.export.coded import CodedBase, initializer_shapes
 from lora_deploy.export.graph import WeightSource
-from lora_deploy.export.merge import MergedParameters
-from lora_deploy.export.scales import cast_scales
 from lora_deploy.export.sites import constant
 from lora_deploy.manifest import CodedWeight, StoredModule
-from lora_deploy.quantization.affine import AffineWeight
 from lora_deploy.quantization.base import TrainingBase
-from lora_deploy.quantization.hashes import hash_tensors
-from lora_deploy.requantize.calibrate import calibrate, name_weight
 from lora_deploy.requantize.options import Grid
-from lora_deploy.requantize.rounding import round_plain
-from lora_deploy.requantize.text import Text
 
-__all__ = ["RequantizedBase", "RoundedWeights", "correction_shapes", "lower_embedding", "stream_rounded"]
+__all__ = ["RequantizedBase", "correction_shapes", "lower_embedding"]
 
 
 @dataclass(frozen=True)
@@ -139,122 +126,3 @@ def correction_shapes(base: TrainingBase, grids: Mapping[str, Grid], rank: int) 
             meta = torch.device("meta")
             updates[name] = LoraUpdate(torch.empty(own, columns, device=meta), torch.empty(rows, own, device=meta), 1.0)
     return LoraAdapter(LoraConfig(r=rank, lora_alpha=rank), updates, source="the correction")
-
-
-@contextmanager
-def _spooling(file: Path) -> Iterator[None]:
-    """What the system refuses, as an error of ours."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # the latter is what safetensors makes of a full disk
-        raise OutputError("the export could not be written", file=file, found=str(error)) from error
-
-
-class RoundedWeights:
-    """Codes, scales and corrections, on disk from the time they are made until the graph's data file gets them.
-
-    Args:
-        directory: Where they are kept; removed by `remove`.
-
-    Attributes:
-        updates: The correction of each layer.
-        hashes: Of each layer's codes and scales.
-        taken: How many rows of each text they were calibrated on (`rows_taken`).
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        with _spooling(directory):
-            directory.mkdir()
-        self.updates: dict[str, LoraUpdate] = {}
-        self.hashes: dict[str, str] = {}
-        self.taken: dict[str, int] = {}
-
-    def make(
-        self,
-        parameters: MergedParameters,
-        grids: Mapping[str, Grid],
-        texts: Sequence[Text],
-        scale_dtype: torch.dtype,
-        correction: int,
-        on_layer: Callable[[int, int], None],
-    ) -> None:
-        """Round every weight.
-
-        Args:
-            parameters: The merged parameters.
-            grids: Bits and block size of each layer.
-            texts: To calibrate on; none to round every weight by itself.
-            scale_dtype: Type that the scales will be stored in.
-            correction: Rank of the branch that takes back part of the error; 0 for none.
-            on_layer: Is told how many layers are done, and of how many.
-        """
-
-        def keep(name: str, weight: AffineWeight, update: LoraUpdate | None) -> None:
-            tensors = {"codes": weight.packed().contiguous(), "scales": weight.scales.contiguous()}
-            self.hashes[name] = hash_tensors(iter([(name, list(tensors.values()))]))
-            with _spooling(self._file(name)):
-                save_file(tensors, self._file(name))
-            if update is not None:
-                self.updates[name] = update
-            on_layer(len(self.hashes), len(grids))
-
-        linears = {name: grid for name, grid in grids.items() if name in parameters.base.linears}
-        calibrate(parameters, linears, texts, keep, scale_dtype=scale_dtype, correction=correction)
-        for name, (bits, blocksize) in grids.items():
-            if name not in linears:  # embedding and head
-                with name_weight(parameters, name):
-                    rounded = round_plain(parameters.read(f"{name}.weight"), bits, blocksize, scale_dtype)
-                keep(name, rounded, None)
-
-    def correction(self) -> LoraAdapter:
-        """The corrections as an adapter; a layer that no text reached has none of its own."""
-        rank = max(len(update.A) for update in self.updates.values())
-        return LoraAdapter(LoraConfig(r=rank, lora_alpha=rank), self.updates, source="the correction")
-
-    def read(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and scales of one layer, as the initializers hold them."""
-        with _spooling(self._file(module)):
-            tensors = load_file(self._file(module))
-        return tensors["codes"], tensors["scales"]
-
-    def _file(self, module: str) -> Path:
-        return self.directory / f"{hashlib.sha256(module.encode()).hexdigest()[:32]}.safetensors"
-
-    def remove(self) -> None:
-        """Delete what is on disk."""
-        for file in self.directory.iterdir():
-            file.unlink()
-        self.directory.rmdir()
-
-
-def stream_rounded(
-    model: ir.Model, coded: Sequence[CodedWeight], base: TrainingBase, rounded: RoundedWeights
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Codes and scales of every product, those of one at a time.
-
-    Args:
-        model: The graph; tells the types.
-        coded: The products.
-        base: The training base, for messages.
-        rounded: Where they are.
-
-    Yields:
-        Name of the initializer and its values.
-
-    Raises:
-        InputError: A scale is too large or too small for the type of the computation.
-    """
-    for weight in coded:
-        if not weight.requantized:
-            continue
-        dtype = ir.tensor_adapters.to_torch_dtype(cast(ir.DataType, model.graph.initializers[weight.scales].dtype))
-        parts = []
-        for module in weight.modules:
-            codes, scales = rounded.read(module.name)
-            parts.append((codes, cast_scales(scales, dtype, f"{module.name}.weight", base, merged=True)))
-        codes_shape, scales_shape = initializer_shapes(weight)
-        codes, scales = (torch.cat(side) if len(side) > 1 else side[0] for side in zip(*parts, strict=True))
-        del parts
-        yield weight.codes, codes.view(codes_shape)
-        yield weight.scales, scales.view(scales_shape)

@@ -1,9 +1,10 @@
-"""The initializers of a graph, read, merged and cast one at a time."""
+"""The initializers of a graph, read, merged and cast a few at a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 import onnx_ir as ir
 import torch
@@ -12,51 +13,108 @@ from onnx_ir import tensor_adapters
 from lora_deploy.errors import InputError
 from lora_deploy.export.graph import WeightSource
 from lora_deploy.export.merge import MergedParameters
+from lora_deploy.export.pipeline import Job, in_order
 from lora_deploy.export.writer import INLINE_BYTES
 from lora_deploy.quantization.stored_codes import all_finite
 
-__all__ = ["largest_first", "stream_constants", "stream_weights"]
+__all__ = ["largest_first", "stream_constants", "stream_weights", "table_rows"]
+
+
+# A table (embedding, output head) with more values than this is read some rows at a time.
+LARGE_TABLE = 1 << 24
+_Key = tuple[str, bool]  # a parameter, and whether it is turned
 
 
 def stream_weights(
-    model: ir.Model, sources: dict[str, WeightSource], parameters: MergedParameters
+    model: ir.Model, sources: Mapping[str, WeightSource], parameters: MergedParameters
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The values of every initializer that waits for them, in the order of the sources.
 
-    Only one parameter is in memory at a time. It is kept for as long as the next initializer is made of the same one,
-    so that a packed weight (q, k and v in one) is quantized and merged once.
+    A parameter is kept for as long as the next initializer is made of the same one, so that a packed weight (q, k and v
+    in one) is quantized and merged once.
 
     Args:
         model: The graph; tells each initializer's type and shape.
         sources: Where each initializer gets its values.
-        parameters: Reads the parameters.
+        parameters: Reads the parameters, several at a time.
 
     Yields:
-        Name of the initializer and its values, contiguous, in its type.
+        Name of the initializer and its values, contiguous, in its type; or, of one that is put together of several
+        parameters or is very large, some of its rows after the other.
 
     Raises:
         InputError: A value is not finite in the type of the graph.
     """
-    kept: tuple[tuple[str, bool], torch.Tensor] | None = None
+    yield from in_order(_jobs(model, sources, parameters))
+
+
+def _jobs(model: ir.Model, sources: Mapping[str, WeightSource], parameters: MergedParameters) -> Iterator[Job]:
+    for names in _of_one_parameter(sources):
+        source = sources[names[0]]
+        rows = table_rows(parameters, source)
+        values = sum(math.prod(parameters.base.shapes[name]) for name, _ in dict.fromkeys(_keys(sources, names)))
+        if rows:
+            for part in rows:
+                share = values * len(part) // rows[-1].stop
+                yield Job(share, partial(_make_rows, model, names[0], source, part, parameters))
+        else:
+            yield Job(values, partial(_make, model, {name: sources[name] for name in names}, parameters))
+
+
+def _of_one_parameter(sources: Mapping[str, WeightSource]) -> Iterator[list[str]]:
+    """Neighbours of which the one begins with the parameter that the other ends with."""
+    together: list[str] = []
+    for name in sources:
+        if together and _keys(sources, [name])[0] != _keys(sources, together)[-1]:
+            yield together
+            together = []
+        together.append(name)
+    if together:
+        yield together
+
+
+def _keys(sources: Mapping[str, WeightSource], names: Iterable[str]) -> list[_Key]:
+    return [(segment.parameter, sources[name].transposed) for name in names for segment in sources[name].segments]
+
+
+def table_rows(parameters: MergedParameters, source: WeightSource) -> list[range]:
+    """The pieces in which a large table is read; none for what is read as one.
+
+    Args:
+        parameters: Reads it.
+        source: Of the initializer.
+    """
+    (first, *others), shapes = source.segments, parameters.base.shapes
+    shape = shapes[first.parameter]
+    whole = not others and not source.transposed and first.rows == range(shape[0] if shape else 0)
+    if not whole or math.prod(shape) <= LARGE_TABLE or not parameters.has_rows(first.parameter):
+        return []
+    step = max(1, LARGE_TABLE // math.prod(shape[1:]))
+    return [range(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
+
+
+def _make_rows(
+    model: ir.Model, name: str, source: WeightSource, rows: range, parameters: MergedParameters
+) -> list[tuple[str, torch.Tensor]]:
+    parameter = source.segments[0].parameter
+    values = parameters.read(parameter, rows=rows)
+    return [(name, _cast(values, model.graph.initializers[name], parameter, parameters))]
+
+
+def _make(
+    model: ir.Model, sources: Mapping[str, WeightSource], parameters: MergedParameters
+) -> list[tuple[str, torch.Tensor]]:
+    made: list[tuple[str, torch.Tensor]] = []
+    kept: tuple[_Key, torch.Tensor] | None = None
     for name, source in sources.items():
         value = model.graph.initializers[name]
-        values, row = None, 0
         for segment in source.segments:
             key = (segment.parameter, source.transposed)
             if kept is None or kept[0] != key:
                 kept = None  # let go of the last one before the next is read
                 kept = (key, parameters.read(segment.parameter, transposed=source.transposed))
-            part = _cast(_take_rows(kept[1], segment.rows), value, segment.parameter, parameters)
-            if len(source.segments) == 1:
-                values = part
-            else:  # layers below each other, each cast and put in its place
-                if values is None:
-                    assert value.shape is not None
-                    values = torch.empty(tuple(value.shape.numpy()), dtype=part.dtype)
-                values[row : row + len(part)] = part
-                row += len(part)
-        assert values is not None
-        yield name, values
+            made.append((name, _cast(_take_rows(kept[1], segment.rows), value, segment.parameter, parameters)))
+    return made
 
 
 def _take_rows(values: torch.Tensor, rows: range | tuple[int, ...]) -> torch.Tensor:

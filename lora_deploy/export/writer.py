@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 
 from lora_deploy.errors import OutputError
 from lora_deploy.export.commit import write_failure
+from lora_deploy.export.data_file import DataFile
 from lora_deploy.integrity import MODEL_NAME, SEAL_ENTRY, UNSEALED, seal_bytes
 
 __all__ = ["INLINE_BYTES", "LARGEST_GRAPH", "write_data", "write_model"]
@@ -19,7 +19,6 @@ __all__ = ["INLINE_BYTES", "LARGEST_GRAPH", "write_data", "write_model"]
 # Page alignment lets onnxruntime map a tensor; smaller ones stay inside model.onnx, where shapes must be.
 _ALIGNMENT = 4096
 INLINE_BYTES = 1024
-_PIECE = 1 << 24
 LARGEST_GRAPH = (1 << 31) - 1  # bytes of a protobuf message
 
 
@@ -33,7 +32,7 @@ def write_data(
 
     Args:
         model: The graph; the initializers in `tensors` get their values here.
-        tensors: Name and values of each; only one is in memory at a time.
+        tensors: Name and values of each, contiguous; or, under the same name, parts of them one after the other.
         directory: Where the file goes.
         on_bytes: Is told how many bytes were written, again and again.
 
@@ -44,33 +43,29 @@ def write_data(
         OutputError: It could not be written.
     """
     partial = directory / "weights.partial"
-    digest = hashlib.sha256()
     places: dict[str, tuple[int, int]] = {}
+    inline: dict[str, list[torch.Tensor]] = {}
     try:
-        with open(partial, "wb") as file:
+        with DataFile(partial) as file:
             for name, values in tensors:
-                raw = values.reshape(-1).view(torch.uint8).numpy()
                 value = model.graph.initializers[name]
-                if raw.nbytes < INLINE_BYTES:
-                    value.const_value = ir.Tensor(_in_ir(values), dtype=value.dtype, name=name)
+                if _bytes(value) < INLINE_BYTES:
+                    inline.setdefault(name, []).append(values.clone())
                     continue
-                padding = bytes(-file.tell() % _ALIGNMENT)
-                file.write(padding)
-                digest.update(padding)
-                places[name] = (file.tell(), raw.nbytes)
-                for start in range(0, raw.nbytes, _PIECE):
-                    piece = raw[start : start + _PIECE].data
-                    file.write(piece)
-                    digest.update(piece)
-                    on_bytes(piece.nbytes)
-                del values, raw, piece  # or they would be in memory still while the next tensor is made
-            file.flush()
-            os.fsync(file.fileno())
-        sha256 = digest.hexdigest()
+                if name not in places:
+                    places[name] = (file.align(_ALIGNMENT), 0)
+                offset, length = places[name]
+                places[name] = (offset, length + file.write(values, on_bytes))
+                del values  # or it would be in memory still while the next tensor is made
+            sha256 = file.finish()
         final = f"model-{sha256[:12]}.onnx.data"
         partial.rename(directory / final)
     except OSError as error:
         raise write_failure(directory, error) from error
+    for name, parts in inline.items():
+        value = model.graph.initializers[name]
+        joined = torch.cat([part.reshape(-1) for part in parts]).view(_shape(value))
+        value.const_value = ir.Tensor(ir.tensor_adapters.TorchTensor(joined), dtype=value.dtype, name=name)
     for name, (offset, length) in places.items():
         value = model.graph.initializers[name]
         assert value.dtype is not None
@@ -79,6 +74,16 @@ def write_data(
             final, offset, length, value.dtype, shape=value.shape, name=name, base_dir=directory
         )
     return sha256
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.shape is not None
+    return tuple(value.shape.numpy())
+
+
+def _bytes(value: ir.Value) -> int:
+    assert value.dtype is not None
+    return math.ceil(value.dtype.itemsize * math.prod(_shape(value)))
 
 
 def _check_size(model: ir.Model, file: Path) -> None:
@@ -101,10 +106,6 @@ def _check_size(model: ir.Model, file: Path) -> None:
             expected=f"at most {LARGEST_GRAPH}",
             remedy="export fewer layers or adapters together",
         )
-
-
-def _in_ir(values: torch.Tensor) -> ir.TensorProtocol:
-    return ir.tensor_adapters.TorchTensor(values.clone())
 
 
 def write_model(model: ir.Model, directory: Path, name: str = MODEL_NAME) -> None:

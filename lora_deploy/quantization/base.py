@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lora_deploy.checkpoint import Checkpoint, resolve_model
 from lora_deploy.errors import CheckpointError, InputError
-from lora_deploy.quantization.hashes import hash_tensors
+from lora_deploy.quantization.hashes import CheckpointHash
 from lora_deploy.quantization.model import head_modules, linear_modules
 from lora_deploy.quantization.quantize import quantize
 from lora_deploy.quantization.scheme import QuantizationScheme
@@ -91,7 +91,7 @@ class TrainingBase:
             if self._is_quantized(f"{head}.weight"):
                 self.linears[head] = describe_linear(skeleton.get_submodule(head))
         self.dtype = self._loading_dtype()
-        self._sha256: str | None = None
+        self._hash = CheckpointHash(self.checkpoint)
         self._codes_of: dict[str, tuple[str, int]] = {}
         self._check()
 
@@ -251,17 +251,18 @@ class TrainingBase:
             return self.scheme.method, self.scheme.blocksize
         return "int8", self.linears[module].shape[1]
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, rows: range | None = None) -> torch.Tensor:
         """A parameter or buffer that is not quantized, in the type that transformers loads it in.
 
         Args:
             name: Its name in the transformers model.
+            rows: Those that are wanted; None for all.
 
         Raises:
             CheckpointError: It is missing, quantized, or holds numbers that are not finite.
         """
         key = self._require_key(self.aliases.get(name, name))
-        values = self.checkpoint.read(key)
+        values = self.checkpoint.read(key, rows)
         if values.is_floating_point():
             if not all_finite(values):
                 raise CheckpointError(
@@ -338,6 +339,8 @@ class TrainingBase:
 
     def sha256(self) -> str:
         """Hash of the checkpoint's tensors, names included: the same for any sharding, before any quantization."""
-        if self._sha256 is None:
-            self._sha256 = hash_tensors((name, [self.checkpoint.read(name)]) for name in sorted(self.checkpoint))
-        return self._sha256
+        return self._hash.result()
+
+    def hash_ahead(self) -> None:
+        """Begin with `sha256` beside whatever is done next."""
+        self._hash.begin()

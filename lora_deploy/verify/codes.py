@@ -112,7 +112,7 @@ def _check_made_anew(file: Path, model: ir.Model, weight: CodedWeight) -> int:
         codes_shape, scales_shape = initializer_shapes(weight.model_copy(update={"modules": (module,)}))
         # Where the scales are stored in 16 bits, they had been rounded to them before they were hashed.
         tensors = [codes.view(codes_shape), scales.view(scales_shape).float()]
-        sha256 = hash_tensors(iter([(module.name, tensors)]))
+        sha256 = hash_tensors([(module.name, tensors)])
         if sha256 != module.sha256:
             raise ParityError(
                 "the codes or scales of a layer in the export are not those that were made for it",
@@ -135,7 +135,7 @@ def _check_module(
 ) -> tuple[int, int]:
     """Compare one layer with the beginning of what is left; returns how much of it was the layer's."""
     stored = _layer_of_base(file, base, weight, module)
-    sha256 = hash_tensors(iter([(module.name, list(stored.stored()))]))
+    sha256 = hash_tensors([(module.name, list(stored.stored()))])
     if sha256 != module.sha256:
         raise _differs(file, module, "the base's quantized weight", f"sha256 {sha256[:16]}…", f"{module.sha256[:16]}…")
     expected_codes, expected_scales = encode(stored, weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,16 @@ ODD: dict[str, dict[str, Any]] = {
     "qwen2": SHORT["qwen2"] | _ODD_ROPE,
     "gpt2": SHORT["gpt2"] | {"n_embd": 36, "n_inner": 101},
 }
+
+
+def joined(model: ir.Model, parts: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The initializers of which a stream gives one part after the other."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for name, part in parts:
+        assert part.is_contiguous()
+        found.setdefault(name, []).append(part.reshape(-1))
+    shapes = {name: value.shape.numpy() for name, value in model.graph.initializers.items()}  # type: ignore[union-attr]
+    return {name: torch.cat(own).view(tuple(shapes[name])) for name, own in found.items()}
 
 
 @pytest.fixture(scope="session")

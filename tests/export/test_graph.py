@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import onnx_ir as ir
@@ -11,11 +12,13 @@ import torch
 from onnx_ir import tensor_adapters
 
 from lora_deploy.errors import CheckpointError
+from lora_deploy.export import weights
 from lora_deploy.export.graph import Segment, WeightSource, _trace_sources, build_graph
 from lora_deploy.export.merge import MergedParameters
 from lora_deploy.export.weights import stream_weights
 from lora_deploy.quantization.base import TrainingBase
 from tests.conftest import TINY_FAMILIES, CheckpointFactory
+from tests.export.conftest import joined
 
 State = dict[str, torch.Tensor]
 SHAPES = {"a.weight": (6, 4), "b.weight": (6, 4), "c.weight": (4, 9), "n.bias": (6,), "one": (1, 5), "s": ()}
@@ -33,6 +36,7 @@ class Parameters:
 
     def __init__(self, state: State) -> None:
         self._state = state
+        self.base = SimpleNamespace(shapes={name: tuple(values.shape) for name, values in state.items()})
         self.reads: list[str] = []
 
     def read(self, name: str, *, transposed: bool = False) -> torch.Tensor:
@@ -40,13 +44,13 @@ class Parameters:
         return self._state[name].t() if transposed else self._state[name]
 
 
-def _stream(sources: dict[str, WeightSource], state: State, expected: State) -> Iterator[tuple[str, torch.Tensor]]:
+def _stream(sources: dict[str, WeightSource], state: State, expected: State) -> State:
     values = [
         ir.val(name, dtype=tensor_adapters.from_torch_dtype(expected[name].dtype), shape=tuple(expected[name].shape))
         for name in sources
     ]
     model = ir.Model(ir.Graph([], [], nodes=[], initializers=values, name="g"), ir_version=10)
-    return stream_weights(model, sources, Parameters(state))  # type: ignore[arg-type]
+    return joined(model, stream_weights(model, sources, Parameters(state)))  # type: ignore[arg-type]
 
 
 # What a model class may do: names of the result from the state.
@@ -75,7 +79,7 @@ def test_row_maps_do_to_weights_what_the_model_class_does(change: str) -> None:
     state = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     expected = PLAIN[change](dict(state))
     sources = _trace_sources(Fake(PLAIN[change]), SHAPES, "config.json")
-    found = dict(_stream(sources, state, expected))
+    found = _stream(sources, state, expected)
     assert found.keys() == expected.keys()
     for name, values in found.items():
         assert torch.equal(values, expected[name])
@@ -129,10 +133,24 @@ def test_a_packed_parameter_is_read_once_for_all_its_parts() -> None:
     assert parameters.reads == ["c.weight"]
 
 
+def test_a_large_table_comes_some_rows_at_a_time(
+    checkpoint_dir: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = TrainingBase(checkpoint_dir("llama"))
+    graph = _graph(base)
+    monkeypatch.setattr(weights, "LARGE_TABLE", 64 * 50)
+    parts = list(stream_weights(graph.model, graph.sources, MergedParameters(base, None)))
+    tables = [name for name, _ in parts if name == "model.embed_tokens.weight"]
+    assert len(tables) == 3  # of 131 rows
+    found = joined(graph.model, parts)
+    assert torch.equal(found["model.embed_tokens.weight"], base.tensor("model.embed_tokens.weight"))
+    assert len(found) == len(graph.sources)
+
+
 def test_gpt2_is_split_into_q_k_and_v_as_slicing_does_it(checkpoint_dir: CheckpointFactory) -> None:
     base = TrainingBase(checkpoint_dir("gpt2"))
     graph = _graph(base)
-    found = dict(stream_weights(graph.model, graph.sources, MergedParameters(base, None)))
+    found = joined(graph.model, stream_weights(graph.model, graph.sources, MergedParameters(base, None)))
     for layer in (0, 1):
         stored = base.tensor(f"transformer.h.{layer}.attn.c_attn.weight")
         bias = base.tensor(f"transformer.h.{layer}.attn.c_attn.bias")
@@ -155,7 +173,7 @@ def test_weights_stream_as_mobius_own_preprocessing_gives_them(family: str, chec
 
     base = TrainingBase(checkpoint_dir(family))
     graph = _graph(base)
-    found = dict(stream_weights(graph.model, graph.sources, MergedParameters(base, None)))
+    found = joined(graph.model, stream_weights(graph.model, graph.sources, MergedParameters(base, None)))
     state = {name: base.tensor(name) for name in base.shapes}
     module = registry.get(family).__new__(registry.get(family))
     object.__setattr__(module, "config", base.config)

@@ -143,16 +143,16 @@ def test_a_changed_correction_is_found(copied: Callable[..., tuple[BranchExport,
 
 def test_the_correction_is_read_as_it_was_made(branch_export: BranchFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its error is that of int8, for q, k and v of different heights, too."""
-    from lora_deploy.export import requantized
+    from lora_deploy.export import rounded
 
     made: list[Any] = []
-    real = requantized.RoundedWeights.correction
+    real = rounded.RoundedWeights.correction
 
-    def keep(self: requantized.RoundedWeights) -> Any:
+    def keep(self: rounded.RoundedWeights) -> Any:
         made.append(real(self))
         return made[-1]
 
-    monkeypatch.setattr(requantized.RoundedWeights, "correction", keep)
+    monkeypatch.setattr(rounded.RoundedWeights, "correction", keep)
     export = _rounded(branch_export, correction=5, rows=5)
     found = DeployedWeights(export.output).corrections
     assert set(found) == set(made[0].updates)

@@ -36,6 +36,6 @@ def test_pages_are_asked_for_once() -> None:
     """Five times 80 MB are 98,000 pages of 4 KB, or 200 of 2 MB where the system gives such."""
     kept, given_back = _faults("keep"), _faults("give back")
     assert given_back > 150
-    assert kept < given_back / 10
+    assert kept < given_back / 3  # the second may not fit into the place of the first, the others fit
     # What the user says of the allocator holds.
     assert _faults("keep", MALLOC_TRIM_THRESHOLD_="131072") > given_back / 2

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lora_deploy.export import commit, writer
+from lora_deploy.export import commit, data_file, writer
 from lora_deploy.export import export as export_module
 from lora_deploy.verify import deployed
 from lora_deploy.verify.report import ParityReport
@@ -69,7 +69,7 @@ def test_the_parents_of_the_output_are_made_and_go_again_where_nothing_comes_of_
     deep = place.root / "a" / "b" / "out"
     before = tree(place.root)
     with monkeypatch.context() as patch:
-        patch.setattr(writer.os, "fsync", _full)
+        patch.setattr(data_file.os, "fsync", _full)
         assert_one_message(place.export("--output", deep), 5)
     assert tree(place.root) == before
     assert place.export("--output", deep).code == 0
@@ -154,9 +154,11 @@ def _break_commit(patch: Patch, error: BaseException) -> None:
 
 # Where the disk is full, one place after another.
 FULL: dict[str, Callable[[Patch], None]] = {
-    "in the weights": lambda patch: patch.setattr(writer, "open", _open_full, raising=False),
-    "when the weights are synced": lambda patch: patch.setattr(writer.os, "fsync", _full),
-    "when the rest is synced": lambda patch: patch.setattr(writer.os, "fsync", _raise_from(1, _no_space(), os.fsync)),
+    "in the weights": lambda patch: patch.setattr(data_file, "open", _open_full, raising=False),
+    "when the weights are synced": lambda patch: patch.setattr(data_file.os, "fsync", _full),
+    "when the rest is synced": lambda patch: patch.setattr(
+        data_file.os, "fsync", _raise_from(1, _no_space(), os.fsync)
+    ),
     "in the graph": lambda patch: patch.setattr(writer.ir, "save", _full),
     "in the configuration": lambda patch: patch.setattr(Path, "write_text", _full),
     "in the files that are copied": lambda patch: patch.setattr(shutil, "copyfile", _full),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import atexit
 import logging
 import os
 import signal
@@ -73,8 +75,21 @@ def main() -> None:
 
 @contextmanager
 def _noting_interrupts() -> Iterator[list[int]]:
-    """The signals of Ctrl-C that came: compiled code (torch's) may make another exception of a KeyboardInterrupt."""
+    """The signals of Ctrl-C that came: compiled code (torch's) may make another exception of a KeyboardInterrupt.
+
+    One that comes in a destructor, where Python prints it and goes on, comes again a moment later. When the process
+    ends, its work is done or given up, and no more are heard.
+    """
     interrupts: list[int] = []
+    usual_hook = sys.unraisablehook
+
+    def come_again(unraisable: sys.UnraisableHookArgs) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            again = threading.Timer(0.05, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+        else:
+            usual_hook(unraisable)
 
     def note(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
@@ -84,10 +99,13 @@ def _noting_interrupts() -> Iterator[list[int]]:
     usual = usual and threading.current_thread() is threading.main_thread()
     if usual:
         signal.signal(signal.SIGINT, note)
+        sys.unraisablehook = come_again
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     try:
         yield interrupts
     finally:
         if usual:
+            sys.unraisablehook = usual_hook
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

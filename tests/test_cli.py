@@ -164,3 +164,39 @@ def test_the_module_runs_as_the_command_does() -> None:
     assert ended.returncode in (0, 2)
     assert "export" in ended.stdout + ended.stderr
     assert __version__
+
+
+_IN_A_DESTRUCTOR = """
+import signal, sys, time
+from lora_deploy import cli
+
+class Slow:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0)
+
+def work(**options):
+    Slow()
+    time.sleep(20)
+
+cli.app = work
+cli.main()
+"""
+_AT_THE_END = """
+import atexit, os, signal
+from lora_deploy import cli
+
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))  # runs after what is registered later
+cli.app = lambda **options: print("done")
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "ended"),
+    [(_IN_A_DESTRUCTOR, (130, "", "lora-deploy: interrupted\n")), (_AT_THE_END, (0, "done\n", ""))],
+    ids=["in a destructor", "while the interpreter ends"],
+)
+def test_ctrl_c_where_python_would_print_it_and_go_on(code: str, ended: tuple[int, str, str]) -> None:
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == ended

@@ -289,6 +289,18 @@ def test_what_is_written_is_what_is_read_and_every_byte_is_counted(tmp_path: Pat
         assert isinstance(value.const_value, ir.ExternalTensor) == (name in ("turned", "edge"))
 
 
+def test_an_initializer_may_come_in_parts(tmp_path: Path) -> None:
+    whole = {"large": torch.randn(40, 30), "small": torch.randn(5, 3), "next": torch.randn(300)}
+    model = _graph(**{name: tuple(values.shape) for name, values in whole.items()})
+    parts = [(name, part) for name, values in whole.items() for part in values.split(7)]
+    sha256 = write_data(model, parts, tmp_path)
+    assert sha256 == write_data(
+        _graph(**{name: tuple(one.shape) for name, one in whole.items()}), whole.items(), tmp_path
+    )
+    for name, values in whole.items():
+        assert np.array_equal(model.graph.initializers[name].const_value.numpy(), values.numpy())  # type: ignore[union-attr]
+
+
 def test_an_inline_tensor_is_a_copy_of_its_own(tmp_path: Path) -> None:
     """The stream may hand out views of one buffer that it fills anew."""
     buffer = torch.ones(8)

@@ -13,7 +13,7 @@ from lora_deploy.cli_recipes import RecipeOption, decide_mode
 from lora_deploy.cli_run import HowWeights
 from lora_deploy.errors import UsageError
 from lora_deploy.inputs import check_inputs
-from lora_deploy.memory import keep_freed_memory
+from lora_deploy.memory import use_huge_pages
 from lora_deploy.terminal import make_console, print_json, print_report, show_progress
 
 if TYPE_CHECKING:
@@ -166,10 +166,9 @@ def export(
     check_inputs(model, adapters.values())
     console = make_console(quiet, as_json)
     with show_progress(console) as on_progress:
+        use_huge_pages()
         from lora_deploy.export import export_onnx
 
-        if requantization is None or not requantization.rows:  # calibration gives back what it frees, layer by layer
-            keep_freed_memory()
         result = export_onnx(
             model,
             adapters,

@@ -8,7 +8,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # Read when huggingface_hub is imported: no 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # The models are too small to share out; waiting threads cost more.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "131072")  # Exports in this process leave its allocator as it is.
 
 import shutil
 from collections.abc import Callable, Iterator

@@ -28,7 +28,7 @@ from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.requantize.calibrate import calibrate, name_weight
 from lora_deploy.requantize.options import Grid
-from lora_deploy.requantize.rounding import pack_plain
+from lora_deploy.requantize.rounding import round_plain
 from lora_deploy.requantize.text import Text
 
 __all__ = ["RequantizedBase", "RoundedWeights", "correction_shapes", "lower_embedding", "stream_rounded"]
@@ -191,15 +191,12 @@ class RoundedWeights:
         """
 
         def keep(name: str, weight: AffineWeight, update: LoraUpdate | None) -> None:
-            if update is not None:
-                self.updates[name] = update
-            keep_packed(name, weight.packed(), weight.scales)
-
-        def keep_packed(name: str, codes: torch.Tensor, scales: torch.Tensor) -> None:
-            tensors = {"codes": codes.contiguous(), "scales": scales.contiguous()}
+            tensors = {"codes": weight.packed().contiguous(), "scales": weight.scales.contiguous()}
             self.hashes[name] = hash_tensors(iter([(name, list(tensors.values()))]))
             with _spooling(self._file(name)):
                 save_file(tensors, self._file(name))
+            if update is not None:
+                self.updates[name] = update
             on_layer(len(self.hashes), len(grids))
 
         linears = {name: grid for name, grid in grids.items() if name in parameters.base.linears}
@@ -207,8 +204,8 @@ class RoundedWeights:
         for name, (bits, blocksize) in grids.items():
             if name not in linears:  # embedding and head
                 with name_weight(parameters, name):
-                    packed = pack_plain(parameters.read(f"{name}.weight"), bits, blocksize, scale_dtype)
-                keep_packed(name, *packed)
+                    rounded = round_plain(parameters.read(f"{name}.weight"), bits, blocksize, scale_dtype)
+                keep(name, rounded, None)
 
     def correction(self) -> LoraAdapter:
         """The corrections as an adapter; a layer that no text reached has none of its own."""

@@ -20,8 +20,8 @@ __all__ = ["load_kernels", "load_weights"]
 
 # Strict IEEE arithmetic but for fused multiply-adds: the dequantized values must be exact. No -march: the code asks
 # the processor itself, and a home directory may be shared by machines that differ.
-_FLAGS = ("-std=gnu11", "-shared", "-fvisibility=hidden", "-fno-math-errno")
-_OPERATORS = ("-O3", "-ffp-contract=fast")
+_FLAGS = ("-std=gnu11", "-shared", "-fno-math-errno")
+_OPERATORS = ("-O3", "-fvisibility=hidden", "-ffp-contract=fast")
 # Nothing fused where the bits must be torch's. -O3 unrolls the sums of blocks and is slower, to compile too.
 _WEIGHTS = ("-O2", "-ftree-vectorize", "-ffp-contract=off", "-fno-trapping-math")
 _SUFFIXES = {"win32": ".dll", "darwin": ".dylib"}

@@ -6,6 +6,7 @@ Optional: where there is no C compiler, the callers do the same in torch.
 from __future__ import annotations
 
 import ctypes
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -20,6 +21,7 @@ LARGEST_BLOCK = 256  # of weights that are rounded; weights.c says the same
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _READ = (torch.float32, torch.uint8, torch.int8)
 _SHARE = 1 << 20  # weights below which a thread does not pay
+_ONCE = threading.Lock()
 _FUNCTIONS = ("fit", "quantize", "pack", "dequantize", "dequantize_rows", "dequantize_4bit")
 
 
@@ -199,9 +201,14 @@ class WeightKernels:
             return sum(pool.map(call, bounds[:-1], bounds[1:]))
 
 
-@lru_cache(maxsize=1)
 def weight_kernels() -> WeightKernels | None:
     """The kernels, compiled if this machine has not done it yet (some seconds); None where that is not possible."""
+    with _ONCE:  # the first threads of an export come at the same time
+        return _load_kernels()
+
+
+@lru_cache(maxsize=1)
+def _load_kernels() -> WeightKernels | None:
     try:
         return WeightKernels(str(load_weights()))
     except (UsageError, OSError, RuntimeError):  # the others: no home, or one whose files may not be executed

@@ -27,7 +27,7 @@ P, T = ParamSpec("P"), TypeVar("T")
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels() -> WeightKernels:
-    weight_kernels.cache_clear()  # another test may have asked where there was no room for them
+    weights._load_kernels.cache_clear()  # another test may have asked where there was no room for them
     try:
         return WeightKernels(str(build.load_weights()))
     except UsageError as error:
@@ -236,11 +236,11 @@ def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch
     expected = round_plain(values, 4, 32)
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
-    weight_kernels.cache_clear()
+    weights._load_kernels.cache_clear()
     try:
         assert weight_kernels() is None
         found = round_plain(values, 4, 32)
         assert _same_bits(found.codes, expected.codes)
         assert _same_bits(found.packed(), expected.packed())
     finally:
-        weight_kernels.cache_clear()
+        weights._load_kernels.cache_clear()

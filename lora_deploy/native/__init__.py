@@ -1,4 +1,4 @@
-"""Kernels in C for onnxruntime, compiled on the user's machine. Optional: nothing else needs them."""
+"""Kernels in C, for onnxruntime and for weights, compiled on the user's machine. Optional: nothing else needs them."""
 
 from lora_deploy.native.build import load_kernels
 

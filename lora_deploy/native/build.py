@@ -1,4 +1,4 @@
-"""Compile the kernels once, into the user's cache."""
+"""Compile our C once, into the user's cache."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from pathlib import Path
 from lora_deploy.errors import UsageError
 from lora_deploy.places import cache_directory
 
-__all__ = ["load_kernels"]
+__all__ = ["load_kernels", "load_weights"]
 
-_MAIN = "operators.c"
 # Strict IEEE arithmetic but for fused multiply-adds: the dequantized values must be exact. No -march: the code asks
 # the processor itself, and a home directory may be shared by machines that differ.
-_FLAGS = ("-O3", "-std=gnu11", "-shared", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno")
+_FLAGS = ("-std=gnu11", "-shared", "-fno-math-errno")
+_OPERATORS = ("-O3", "-fvisibility=hidden", "-ffp-contract=fast")
+# Nothing fused where the bits must be torch's. -O3 unrolls the sums of blocks and is slower, to compile too.
+_WEIGHTS = ("-O2", "-ftree-vectorize", "-ffp-contract=off", "-fno-trapping-math")
 _SUFFIXES = {"win32": ".dll", "darwin": ".dylib"}
 _REMEDY = "install a C compiler (gcc or clang), or: pip install ziglang"
 _SECONDS = 300
@@ -39,17 +42,42 @@ def load_kernels() -> Path:
     Raises:
         UsageError: There is no C compiler, it fails, or the cache cannot be written.
     """
-    compiler = _find_compiler()
-    sources = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".c", ".h"))
-    parts = [*compiler, _run([*compiler, "--version"]), *_FLAGS, sys.platform, platform.machine()]
+    return _load("operators.c", "kernels", _OPERATORS)
+
+
+def load_weights() -> Path:
+    """The library that rounds and dequantizes weights (`lora_deploy.native.weights`), compiled in the same way.
+
+    Raises:
+        UsageError: As `load_kernels`.
+    """
+    return _load("weights.c", "weights", _WEIGHTS)
+
+
+def _load(main: str, name: str, own_flags: tuple[str, ...]) -> Path:
+    compiler, flags = _find_compiler(), (*_FLAGS, *own_flags)
+    parts = [*compiler, _run([*compiler, "--version"]), *flags, sys.platform, platform.machine()]
     digest = hashlib.sha256("\0".join(parts).encode())
-    for source in sources:
+    for source in _sources(main):
         digest.update(b"\0" + source.name.encode() + b"\0" + source.read_bytes())
-    library = cache_directory() / f"kernels-{digest.hexdigest()[:16]}{_SUFFIXES.get(sys.platform, '.so')}"
+    library = cache_directory() / f"{name}-{digest.hexdigest()[:16]}{_SUFFIXES.get(sys.platform, '.so')}"
     if not library.is_file():
-        _compile(compiler, library)
+        _compile([*compiler, *flags], main, library)
     _check_owner(library)
     return library
+
+
+def _sources(main: str) -> list[Path]:
+    """A source of ours and all headers of ours that it includes, sorted."""
+    found: set[Path] = set()
+    left = [Path(__file__).parent / main]
+    while left:
+        source = left.pop()
+        if source not in found:
+            found.add(source)
+            text = source.read_text(encoding="utf-8")
+            left += [source.parent / header for header in re.findall(r'^#include "(.+)"', text, re.MULTILINE)]
+    return sorted(found)
 
 
 def _check_owner(library: Path) -> None:
@@ -88,14 +116,14 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _compile(compiler: list[str], library: Path) -> None:
+def _compile(command: list[str], main: str, library: Path) -> None:
     """Write the library in one step: another process may compile or load it at the same time."""
-    flags = [*_FLAGS, *([] if sys.platform == "win32" else ["-fPIC"])]
+    flags = [] if sys.platform == "win32" else ["-fPIC"]
     try:
         library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)  # what is in it will be executed
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch) / library.name
-            _run([*compiler, *flags, "-o", str(built), str(Path(__file__).parent / _MAIN)])
+            _run([*command, *flags, "-o", str(built), str(Path(__file__).parent / main)])
             try:
                 os.replace(built, library)
             except OSError:  # Windows does not replace a library in use; one that is there by now is the same

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lora_deploy.codes import CODES
+from lora_deploy.native.weights import kernels_for
 from lora_deploy.quantization.weight import Blockwise4BitWeight, Int8Weight, QuantizedWeight
 
 __all__ = ["AffineWeight", "affine_blocksize", "round_to_nearest", "to_affine8"]
@@ -40,6 +41,9 @@ class AffineWeight:
     def dequantize(self) -> torch.Tensor:
         """float32 (out, in)."""
         rows, blocks = self.scales.shape
+        kernels = kernels_for(self.codes, self.scales)
+        if kernels is not None:
+            return kernels.dequantize(self.codes, self.scales, self.columns, self.blocksize, self.bits)
         values: torch.Tensor = (self.codes.float() - 2 ** (self.bits - 1)).view(rows, blocks, self.blocksize)
         values *= self.scales[:, :, None]
         return values.view(rows, -1)[:, : self.columns].contiguous()
@@ -47,8 +51,12 @@ class AffineWeight:
     def packed(self) -> torch.Tensor:
         """The codes as MatMulNBits stores them: uint8 (out, blocks, blocksize * bits / 8), the LOW nibble first."""
         rows, blocks = self.scales.shape
-        codes = self.codes if self.bits == 8 else self.codes[:, ::2] | (self.codes[:, 1::2] << 4)
-        return codes.reshape(rows, blocks, -1)
+        if self.bits == 8:
+            return self.codes.reshape(rows, blocks, -1)
+        kernels = kernels_for(self.codes)
+        if kernels is not None:
+            return kernels.pack(self.codes).view(rows, blocks, -1)
+        return (self.codes[:, ::2] | (self.codes[:, 1::2] << 4)).reshape(rows, blocks, -1)
 
     @classmethod
     def from_packed(

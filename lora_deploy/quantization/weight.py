@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from lora_deploy.codes import pair_table
+from lora_deploy.native.weights import kernels_for
 
 __all__ = ["Blockwise4BitWeight", "DenseWeight", "Int8Weight", "QuantizedWeight"]
 
@@ -87,8 +88,11 @@ class Int8Weight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """codes * (row_absmax / 127), (out, in)."""
-        values = self.codes.to(torch.float32).mul_((self.row_absmax.float() / 127)[:, None])
-        return values.to(dtype)
+        scales = self.row_absmax.float() / 127
+        kernels = kernels_for(self.codes, scales)
+        if kernels is not None:
+            return kernels.dequantize_rows(self.codes, scales).to(dtype)
+        return self.codes.to(torch.float32).mul_(scales[:, None]).to(dtype)
 
     def stored(self) -> Iterator[torch.Tensor]:
         """Codes, then scales."""
@@ -122,6 +126,10 @@ class Blockwise4BitWeight:
         rows, columns = self.shape
         count = rows * columns
         table = _pair_table(self.scheme, self.codes.device)
+        kernels = kernels_for(self.codes, self.absmax)
+        if kernels is not None:
+            flat = kernels.dequantize_4bit(self.codes, self.absmax, table, count, self.blocksize)
+            return flat.view(rows, columns).to(dtype)
         pairs = torch.empty(self.codes.numel(), 2, device=self.codes.device)
         for start in range(0, self.codes.numel(), _PIECE):
             codes = self.codes[start : start + _PIECE].to(torch.int32)

@@ -1,0 +1,216 @@
+/* Rounding weights to codes and reading codes back, bit for bit as torch does it: compile with -ffp-contract=off.
+ *
+ * Every function works on the rows (or flat blocks) from `begin` to `end`, so that threads can share a weight. Matrices
+ * are row-major. The last block of a row may be partly empty: it counts as filled up with zeros. */
+#include <stdint.h>
+#include <string.h>
+
+#ifdef _WIN32
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT /* visible as it is: clang takes no attribute of visibility beside target_clones */
+#endif
+
+/* The loader chooses the instruction set, where it can: glibc's does. IEEE arithmetic is the same in all of them. */
+#ifndef CLONES
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__has_attribute)
+#if __has_attribute(target_clones)
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+#endif
+#endif
+#ifndef CLONES
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+enum { LARGEST_BLOCK = 256 }; /* weights.py says the same */
+enum { FLOAT32, FLOAT16, BFLOAT16 };
+
+/* Factors on the scale at which the largest weight of a block is just representable: those of the torch path. */
+static const float SHRINK4[] = {1.06f, 1.0f, 0.94f, 0.88f, 0.82f, 0.76f, 0.7f};
+static const float SHRINK8[] = {1.0f, 0.95f};
+
+INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+INLINE float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+/* To the nearest value of the type, ties to even; overflow gives infinity. */
+INLINE float round_to(float value, int type) {
+  const uint32_t bits = bits_of(value), size = bits & 0x7fffffff, sign = bits & 0x80000000;
+  if (type == FLOAT32 || size >= 0x7f800000) return value;
+  if (type == BFLOAT16) return float_of((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000);
+  if (size >= 0x477ff000) return float_of(sign | 0x7f800000);                  /* from 65520 on */
+  if (size < 0x38800000) return float_of(sign | bits_of((float_of(size) + 0.5f) - 0.5f)); /* steps of 2**-24 */
+  return float_of((bits + 0xfff + (bits >> 13 & 1)) & 0xffffe000);
+}
+
+/* value / scale, in whole steps from `low` to `high`. NaN stays NaN. */
+INLINE float step(float value, float scale, float low, float high) {
+  const float magic = 12582912.0f; /* 1.5 * 2**23: floats of its size are whole numbers, rounded to even */
+  float found = value / scale;
+  found = low > found ? low : found;
+  found = high < found ? high : found;
+  return (found + magic) - magic;
+}
+
+/* The weighted square error of a block. The sum is by halves: that of torch's path, in any vector width. */
+INLINE float block_error(const float *values, const float *importance, float scale, float half, int block) {
+  float error[LARGEST_BLOCK];
+  for (int i = 0; i < block; i++) {
+    const float lost = step(values[i], scale, -half, half - 1) * scale - values[i];
+    error[i] = lost * lost * importance[i];
+  }
+  for (int count = block; count > 1;) {
+    const int kept = (count + 1) / 2;
+    for (int i = 0; i < count - kept; i++) error[i] += error[kept + i];
+    count = kept;
+  }
+  return error[0];
+}
+
+/* The first of the largest values. */
+INLINE float largest_of(const float *values, int block) {
+  uint32_t size = 0;
+  int first = block;
+  for (int i = 0; i < block; i++) {
+    const uint32_t own = bits_of(values[i]) & 0x7fffffff;
+    size = own > size ? own : size;
+  }
+  for (int i = 0; i < block; i++) {
+    const int found = (bits_of(values[i]) & 0x7fffffff) == size ? i : block;
+    first = found < first ? found : first;
+  }
+  return values[first];
+}
+
+/* Find the best scale of a block; whether its error is finite. */
+INLINE int fit_block(const float *values, const float *importance, float *best, int block, int bits, int type) {
+  const float half = (float)(1 << (bits - 1)), largest = largest_of(values, block), whole = -largest / half;
+  const float *shrink = bits == 4 ? SHRINK4 : SHRINK8, infinity = float_of(0x7f800000);
+  const int count = bits == 4 ? sizeof SHRINK4 / sizeof *SHRINK4 : sizeof SHRINK8 / sizeof *SHRINK8;
+  float least = infinity;
+  *best = 0.0f;
+  for (int i = 0; i <= count; i++) {
+    float scale = i < count ? whole * shrink[i] : float_of(bits_of(largest) & 0x7fffffff) / (half - 1);
+    scale = round_to(scale == 0.0f ? 1.0f : scale, type);
+    const float error = block_error(values, importance, scale, half, block);
+    if (error < least) *best = scale, least = error;
+  }
+  return least < infinity;
+}
+
+/* A block of a row: in place, or a copy of the last one, filled up. */
+INLINE const float *block_at(const float *row, int64_t column, int64_t columns, int block, float *copy) {
+  if (columns - column >= block) return row + column;
+  const size_t rest = (size_t)(columns - column);
+  memcpy(copy, row + column, rest * sizeof *copy);
+  memset(copy + rest, 0, ((size_t)block - rest) * sizeof *copy);
+  return copy;
+}
+
+INLINE int64_t fit_rows(const float *values, const float *importance, float *scales, int64_t begin, int64_t end,
+                        int64_t columns, int block, int bits, int type) {
+  float padded[LARGEST_BLOCK], weights[LARGEST_BLOCK];
+  int64_t failed = 0;
+  scales += begin * ((columns + block - 1) / block);
+  for (int64_t row = begin; row < end; row++)
+    for (int64_t column = 0; column < columns; column += block) {
+      const float *from = block_at(values + row * columns, column, columns, block, padded);
+      const float *weight = block_at(importance, column, columns, block, weights);
+      failed += !fit_block(from, weight, scales++, block, bits, type);
+    }
+  return failed;
+}
+
+/* The usual sizes, known to the compiler. */
+#define FIT(block) fit_rows(values, importance, scales, begin, end, columns, block, bits, type)
+
+/* The scale of each block with the smallest weighted square error, of a few that clip more or less.
+ * values: (rows, columns); importance: (columns,); scales: (rows, blocks). bits: 4 or 8.
+ * Returns how many blocks there are that no scale suits. */
+EXPORT CLONES int64_t lora_deploy_fit(const float *values, const float *importance, float *scales, int64_t begin,
+                                      int64_t end, int64_t columns, int block, int bits, int type) {
+  switch (block) {
+    case 16: return FIT(16);
+    case 32: return FIT(32);
+    case 64: return FIT(64);
+    case 128: return FIT(128);
+    default: return FIT(block);
+  }
+}
+
+INLINE void pack_pairs(const uint8_t *codes, uint8_t *out, int64_t count) {
+  for (int64_t i = 0; i < count; i++) out[i] = (uint8_t)(codes[2 * i] | codes[2 * i + 1] << 4);
+}
+
+/* Codes of values on the grid of their scales, the code of zero in the middle. codes: (rows, blocks * block), or, packed,
+ * two to a byte, the low nibble first. No value may be NaN on that grid. */
+EXPORT CLONES void lora_deploy_quantize(const float *values, const float *scales, uint8_t *codes, int64_t begin,
+                                        int64_t end, int64_t columns, int block, int bits, int packed) {
+  const float half = (float)(1 << (bits - 1));
+  const int64_t blocks = (columns + block - 1) / block, bytes = packed ? block / 2 : block;
+  float padded[LARGEST_BLOCK];
+  uint8_t whole[LARGEST_BLOCK];
+  scales += begin * blocks, codes += begin * blocks * bytes;
+  for (int64_t row = begin; row < end; row++)
+    for (int64_t column = 0; column < columns; column += block, scales++, codes += bytes) {
+      const float *from = block_at(values + row * columns, column, columns, block, padded);
+      uint8_t *to = packed ? whole : codes;
+      for (int i = 0; i < block; i++) to[i] = (uint8_t)(int32_t)(step(from[i], *scales, -half, half - 1) + half);
+      if (packed) pack_pairs(whole, codes, block / 2);
+    }
+}
+
+/* Codes of 4 bits, one a byte, become two a byte, the low nibble first. `begin` and `end` count pairs. */
+EXPORT CLONES void lora_deploy_pack(const uint8_t *codes, uint8_t *out, int64_t begin, int64_t end) {
+  pack_pairs(codes + 2 * begin, out + begin, end - begin);
+}
+
+/* out = (codes - 2**(bits - 1)) * scale of the block, for codes of (rows, blocks * block), one a byte. */
+EXPORT CLONES void lora_deploy_dequantize(const uint8_t *codes, const float *scales, float *out, int64_t begin,
+                                          int64_t end, int64_t columns, int block, int bits) {
+  const int64_t blocks = (columns + block - 1) / block;
+  const float half = (float)(1 << (bits - 1));
+  for (int64_t row = begin; row < end; row++)
+    for (int64_t b = 0; b < blocks; b++) {
+      const uint8_t *from = codes + (row * blocks + b) * block;
+      const int count = (int)(columns - b * block < block ? columns - b * block : block);
+      float *to = out + row * columns + b * block;
+      const float scale = scales[row * blocks + b];
+      for (int i = 0; i < count; i++) to[i] = ((float)from[i] - half) * scale;
+    }
+}
+
+/* out = codes * scale of the row: LLM.int8. */
+EXPORT CLONES void lora_deploy_dequantize_rows(const int8_t *codes, const float *scales, float *out, int64_t begin,
+                                               int64_t end, int64_t columns) {
+  for (int64_t row = begin; row < end; row++)
+    for (int64_t i = row * columns; i < (row + 1) * columns; i++) out[i] = (float)codes[i] * scales[row];
+}
+
+/* out = value of the nibble * absmax of the block, for `count` weights in flat blocks, the high nibble first. `begin` and
+ * `end` count blocks. pairs: the two values of each byte. */
+EXPORT void lora_deploy_dequantize_4bit(const uint8_t *codes, const float *absmax, const float *pairs, float *out,
+                                        int64_t begin, int64_t end, int64_t count, int64_t block) {
+  for (int64_t b = begin; b < end; b++) {
+    const float scale = absmax[b];
+    const int64_t last = (b + 1) * block < count ? (b + 1) * block : count;
+    int64_t i = b * block;
+    if (i % 2) out[i] = pairs[2 * codes[i / 2] + 1] * scale, i++;
+    for (; i + 1 < last; i += 2) {
+      const float *pair = pairs + 2 * codes[i / 2];
+      out[i] = pair[0] * scale;
+      out[i + 1] = pair[1] * scale;
+    }
+    if (i < last) out[i] = pairs[2 * codes[i / 2]] * scale;
+  }
+}

@@ -27,7 +27,7 @@ from lora_deploy.quantization.affine import AffineWeight
 from lora_deploy.quantization.hashes import TensorHash
 from lora_deploy.requantize.calibrate import calibrate, name_weight
 from lora_deploy.requantize.options import Grid
-from lora_deploy.requantize.rounding import round_plain
+from lora_deploy.requantize.rounding import pack_plain
 from lora_deploy.requantize.text import Text
 
 __all__ = ["RoundedWeights", "stream_rounded"]
@@ -108,8 +108,7 @@ class RoundedWeights:
         layer = parameters.base.linears.get(module)
         with name_weight(parameters, module):
             values = parameters.read(f"{module}.weight", transposed=layer is not None and layer.is_conv1d, rows=rows)
-            weight = round_plain(values, bits, blocksize, self.scale_dtype)
-        return weight.packed().contiguous(), weight.scales
+            return pack_plain(values, bits, blocksize, self.scale_dtype)
 
     def _file(self, module: str) -> Path:
         return self.directory / f"{hashlib.sha256(module.encode()).hexdigest()[:32]}.safetensors"

@@ -24,7 +24,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum { LARGEST_BLOCK = 256 }; /* weights.py says the same */
+enum { LARGEST_BLOCK = 256, LARGEST_BNB = 4096 }; /* weights.py says the same */
 enum { FLOAT32, FLOAT16, BFLOAT16 };
 
 /* Factors on the scale at which the largest weight of a block is just representable: those of the torch path. */
@@ -212,5 +212,51 @@ EXPORT void lora_deploy_dequantize_4bit(const uint8_t *codes, const float *absma
       out[i + 1] = pair[1] * scale;
     }
     if (i < last) out[i] = pairs[2 * codes[i / 2]] * scale;
+  }
+}
+
+/* bfloat16 or float32 as float32. */
+INLINE void read_values(const void *values, int type, int64_t from, int count, float *to) {
+  if (type == BFLOAT16) {
+    const uint16_t *source = (const uint16_t *)values + from;
+    for (int i = 0; i < count; i++) to[i] = float_of((uint32_t)source[i] << 16);
+  } else {
+    memcpy(to, (const float *)values + from, (size_t)count * sizeof *to);
+  }
+}
+
+/* Codes of 4 bits as bitsandbytes' kernel for CPUs gives them, for blocks of `block` (even, at most LARGEST_BNB) of a
+ * flat weight of `count` values, the high nibble first. `begin` and `end` count blocks. type: of the values, FLOAT32 or
+ * BFLOAT16. bounds: the 15 midpoints between the sorted values of the code; order: the nibble of each of these. */
+EXPORT CLONES void lora_deploy_quantize_4bit(const void *values, const float *bounds, const uint8_t *order,
+                                             uint8_t *codes, float *absmax, int64_t begin, int64_t end, int64_t count,
+                                             int block, int type) {
+  const float smallest = 1e-38f; /* what bitsandbytes divides a block of zeros by */
+  float own[LARGEST_BNB];
+  int32_t level[LARGEST_BNB];
+  for (int64_t b = begin; b < end; b++) {
+    const int64_t start = b * block;
+    const int size = (int)(count - start < block ? count - start : block);
+    uint32_t largest = 0;
+    read_values(values, type, start, size, own);
+    for (int i = 0; i < size; i++) {
+      const uint32_t bits = bits_of(own[i]) & 0x7fffffff;
+      largest = bits > largest ? bits : largest;
+    }
+    const float found = float_of(largest), divisor = found < smallest ? smallest : found;
+    if (size == block) {
+      const float factor = 1.0f / divisor;
+      for (int i = 0; i < size; i++) own[i] *= factor;
+    } else {
+      for (int i = 0; i < size; i++) own[i] /= divisor;
+    }
+    absmax[b] = size == block ? found : divisor;
+    if (size % 2) own[size] = 0.0f;
+    const int even = size + size % 2;
+    for (int i = 0; i < even; i++) level[i] = 0;
+    for (int k = 0; k < 15; k++)
+      for (int i = 0; i < even; i++) level[i] += own[i] > bounds[k];
+    uint8_t *out = codes + start / 2;
+    for (int i = 0; i < even / 2; i++) out[i] = (uint8_t)(order[level[2 * i]] << 4 | order[level[2 * i + 1]]);
   }
 }

@@ -17,12 +17,12 @@ from lora_deploy.native.build import load_weights
 
 __all__ = ["LARGEST_BLOCK", "WeightKernels", "kernels_for", "weight_kernels"]
 
-LARGEST_BLOCK = 256  # of weights that are rounded; weights.c says the same
+LARGEST_BLOCK, _LARGEST_BNB = 256, 4096  # of weights that are rounded, and of bitsandbytes'; weights.c says the same
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _READ = (torch.float32, torch.uint8, torch.int8)
 _SHARE = 1 << 20  # weights below which a thread does not pay
 _ONCE = threading.Lock()
-_FUNCTIONS = ("fit", "quantize", "pack", "dequantize", "dequantize_rows", "dequantize_4bit")
+_FUNCTIONS = ("fit", "quantize", "pack", "dequantize", "dequantize_rows", "dequantize_4bit", "quantize_4bit")
 
 
 class WeightKernels:
@@ -185,6 +185,37 @@ class WeightKernels:
         rest = (ctypes.c_int64(count), ctypes.c_int64(blocksize))
         self._share("dequantize_4bit", blocks, count, pointers, rest)
         return values
+
+    def quantize_4bit(
+        self, values: torch.Tensor, bounds: torch.Tensor, order: torch.Tensor, blocksize: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes of 4 bits and the absmax of each block, as bitsandbytes' kernel for CPUs gives them.
+
+        Args:
+            values: float32 or bfloat16, flat.
+            bounds: float32 (15,), the midpoints between the sorted values of the code.
+            order: uint8 (16,), the nibble of each of the sorted values.
+            blocksize: Weights a block, even and at most 4096; blocks run over the flat weight.
+
+        Returns:
+            uint8 (ceil(n / 2),), the HIGH nibble first, and float32 (ceil(n / blocksize),).
+        """
+        if not 0 < blocksize <= _LARGEST_BNB or blocksize % 2:
+            raise ValueError(f"blocks of {blocksize}")
+        count = values.numel()
+        blocks = -(-count // blocksize)
+        codes, absmax = torch.empty(-(-count // 2), dtype=torch.uint8), torch.empty(blocks)
+        kind = torch.bfloat16 if values.dtype == torch.bfloat16 else torch.float32
+        pointers = (
+            _pointer(values, kind, count),
+            _pointer(bounds, torch.float32, 15),
+            _pointer(order, torch.uint8, 16),
+            _pointer(codes, torch.uint8, codes.numel()),
+            _pointer(absmax, torch.float32, blocks),
+        )
+        rest = (ctypes.c_int64(count), ctypes.c_int(blocksize), _TYPES[kind])
+        self._share("quantize_4bit", blocks, count, pointers, rest)
+        return codes, absmax
 
     def _share(self, name: str, rows: int, size: int, before: tuple[object, ...], after: tuple[object, ...]) -> int:
         """Call a function on all rows, in as many threads as pay; the sum of what they return."""

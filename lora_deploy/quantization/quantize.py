@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from bitsandbytes import functional as bnb
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 
 from lora_deploy.codes import CODES
 from lora_deploy.errors import InputError
+from lora_deploy.native.weights import weight_kernels
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.weight import (
     Blockwise4BitWeight,
@@ -55,7 +58,13 @@ def quantize(weight: torch.Tensor, scheme: QuantizationScheme) -> QuantizedWeigh
             )
         codes, row_absmax, _ = bnb.int8_vectorwise_quant(half)
         return Int8Weight(codes, row_absmax)
-    codes, absmax = _quantize_4bit(weight.contiguous().reshape(-1), scheme)
+    flat = weight.contiguous().reshape(-1)
+    kernels = weight_kernels() if flat.device.type == "cpu" else None
+    if kernels is not None:
+        values = flat if flat.dtype in (torch.float32, torch.bfloat16) else flat.float()
+        codes, absmax = kernels.quantize_4bit(values, *_sorted_code(scheme.method), scheme.blocksize)
+    else:
+        codes, absmax = _quantize_4bit(flat, scheme)
     if scheme.double_quant:
         absmax = _round_trip_absmax(absmax)
     return Blockwise4BitWeight(codes, absmax, (rows, columns), scheme.method, scheme.blocksize)
@@ -94,12 +103,18 @@ def _quantize_4bit_on_cpu(flat: torch.Tensor, scheme: QuantizationScheme) -> tup
         scaled = torch.cat([scaled, (flat[whole:] / last).clamp_(-1, 1)])
     if scaled.numel() % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
-    code = torch.tensor(CODES[scheme.method])
-    order = torch.argsort(code)
-    midpoints = (code[order[:-1]] + code[order[1:]]) / 2
+    midpoints, order = _sorted_code(scheme.method)
     level = torch.from_numpy(_count_below(scaled.numpy(), midpoints.numpy()))
-    nibble = order.to(torch.uint8)[level.to(torch.int32)] if scheme.method == "fp4" else level
+    nibble = order[level.to(torch.int32)] if scheme.method == "fp4" else level
     return (nibble[::2] << 4) | nibble[1::2], absmax
+
+
+@lru_cache(maxsize=2)
+def _sorted_code(method: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The 15 midpoints between the values of a code, float32, and the nibble of each of its sorted values, uint8."""
+    code = torch.tensor(CODES[method])
+    order = torch.argsort(code)
+    return (code[order[:-1]] + code[order[1:]]) / 2, order.to(torch.uint8)
 
 
 def _count_below(values: NDArray[np.float32], bounds: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from lora_deploy.requantize.rounding import _fit_in_torch, fit_scales, pack_plai
 BITS, BLOCKS = (4, 8), (16, 32, 48, 64, 128, 256)
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((1, 16), (1, 1), (3, 35), (2, 256), (2, 300), (7, 129))
+quantize_module = importlib.import_module("lora_deploy.quantization.quantize")  # its function hides it
 P, T = ParamSpec("P"), TypeVar("T")
 
 
@@ -38,6 +40,7 @@ def _in_torch(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """What a machine without a C compiler gives."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights, "weight_kernels", lambda: None)
+        patch.setattr(quantize_module, "weight_kernels", lambda: None)
         return function(*args, **kwargs)
 
 
@@ -244,3 +247,16 @@ def test_without_a_compiler_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch
         assert _same_bits(found.packed(), expected.packed())
     finally:
         weights._load_kernels.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("scheme", ["nf4", "fp4"])
+def test_4bit_codes_and_absmax_are_those_of_torch(scheme: str, dtype: torch.dtype) -> None:
+    for kind, shape, blocksize in itertools.product(KINDS, SHAPES, (32, 64, 4096)):
+        values = _values(kind, shape).to(dtype)
+        asked = QuantizationScheme(method=scheme, blocksize=blocksize, double_quant=False)
+        found, expected = quantize(values, asked), _in_torch(quantize, values, asked)
+        assert isinstance(found, Blockwise4BitWeight)
+        assert isinstance(expected, Blockwise4BitWeight)
+        assert _same_bits(found.codes, expected.codes), (kind, shape, blocksize)
+        torch.testing.assert_close(found.absmax, expected.absmax, rtol=0, atol=0, equal_nan=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from itertools import cycle, islice
+from collections.abc import Callable, Iterator, Mapping
+from itertools import cycle, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from lora_deploy.bench.options import BenchOptions
 from lora_deploy.errors import UsageError
 from lora_deploy.inputs.json_files import read_json
 from lora_deploy.run.adapters import Adapters
+from lora_deploy.run.classify import exported_task
 from lora_deploy.run.session import Cache, OnnxSession, import_onnxruntime
 from lora_deploy.task import is_classification
 
@@ -76,6 +77,9 @@ def measure(options: BenchOptions) -> Sample:
         AdapterError: An adapter cannot be read or is not one for the export.
         UsageError: The options do not go with the export, the machine or each other.
     """
+    task = exported_task(options.directory)
+    if task not in ("causal-lm", "sequence-classification", "token-classification"):
+        raise UsageError("only language models and classifiers can be measured", found=task, file=options.directory)
     import_onnxruntime()
     if options.weights == "native":
         from lora_deploy.native import load_kernels
@@ -85,45 +89,40 @@ def measure(options: BenchOptions) -> Sample:
     start = time.perf_counter()
     session = OnnxSession(options.directory, options.provider, options.weights, threads=options.threads)
     bursts = {"open": Burst(seconds=time.perf_counter() - start)}
-    manifest = session.manifest
-    task = manifest.task if manifest is not None else "causal-lm"
-    if task not in ("causal-lm", "sequence-classification", "token-classification"):
-        raise UsageError("only language models and classifiers can be measured", found=task, file=options.directory)
+    branch = session.manifest.branch if session.manifest is not None else None
     adapters = Adapters(session, options.directory)
     start = time.perf_counter()
     chosen = _choose(adapters, options.adapters)
-    if chosen.names:
+    swaps = branch == "hot-swap" and bool(chosen.names)
+    if swaps:
         bursts["adapter_load"] = Burst(seconds=time.perf_counter() - start)
     classifies = is_classification(task)
     prompt, tokens = options.lengths(session.context_length, decodes=not classifies)
     ids = _random_ids(options.directory, prompt)
-    memory: dict[str, int] = {}
-
-    def note_memory() -> None:
-        peak = peak_memory()
-        if peak is not None and before is not None:
-            memory.update(peak_memory=peak, added_memory=max(peak - before, 0))
-
     if classifies:
         bursts |= _classify(session, ids, chosen.inputs)
-        note_memory()
     else:
         bursts |= _generate(session, ids, tokens, chosen.inputs)
-        note_memory()
-        if manifest is not None and manifest.branch == "hot-swap" and chosen.names:
-            bursts |= _switch(session, adapters, ids, tokens, chosen.names)
-        if manifest is not None and manifest.branch == "pooled":
-            bursts |= _mix(session, adapters, ids, tokens, chosen.names)
+    memory = _memory_since(before)  # what follows compares, and is nothing that a server would do
+    if swaps and not classifies:
+        bursts |= _switch(session, adapters, ids, tokens, chosen.names)
+    if branch == "pooled" and not classifies:
+        bursts |= _mix(session, adapters, ids, tokens, chosen.names)
     return Sample(
         task=task,
-        branch=manifest.branch if manifest is not None else None,
-        precision=manifest.precision if manifest is not None else None,
+        branch=branch,
+        precision=session.manifest.precision if session.manifest is not None else None,
         adapters=chosen.names,
         prompt_tokens=prompt,
         tokens=tokens,
         bursts=bursts,
         memory=memory,
     )
+
+
+def _memory_since(before: int | None) -> dict[str, int]:
+    peak = peak_memory()
+    return {} if peak is None or before is None else {"peak_memory": peak, "added_memory": max(peak - before, 0)}
 
 
 def _choose(adapters: Adapters, asked: tuple[str, ...]) -> _Chosen:
@@ -154,21 +153,19 @@ def _prefill(session: OnnxSession, ids: Ids, tokens: int, inputs: Mapping[str, A
     return time.perf_counter() - start, chosen, cache
 
 
-def _decode(
-    session: OnnxSession, ids: Ids, tokens: int, choose_inputs: Callable[[], Mapping[str, Any]]
-) -> tuple[float, float]:
-    """Seconds of the prompt, and of so many tokens after it, of every row.
+def _decode(session: OnnxSession, ids: Ids, tokens: int, inputs: Iterator[Mapping[str, Any]]) -> tuple[float, float]:
+    """Seconds of the prompt, and of so many tokens after it, of every row; each run takes the next of the inputs.
 
     The first step after a prompt wakes threads and caches, and is in neither.
     """
-    prompt_seconds, chosen, cache = _prefill(session, ids, tokens, choose_inputs())
+    prompt_seconds, chosen, cache = _prefill(session, ids, tokens, next(inputs))
     batch, past = ids.shape
     mask = np.ones((batch, past + tokens + 1), np.int64)
     start = 0.0
     for step in range(tokens + 1):
         if step == 1:
             start = time.perf_counter()
-        logits, cache = session.forward(chosen, mask[:, : past + step + 1], cache, choose_inputs())
+        logits, cache = session.forward(chosen, mask[:, : past + step + 1], cache, next(inputs))
         chosen = logits[:, -1].argmax(axis=-1)[:, None]
     return prompt_seconds, time.perf_counter() - start
 
@@ -176,7 +173,7 @@ def _decode(
 def _generate(session: OnnxSession, ids: Ids, tokens: int, inputs: Mapping[str, Any]) -> dict[str, Burst]:
     """The very first token of a session, and prompt and tokens when it is warm."""
     first, _, _ = _prefill(session, ids, tokens, inputs)
-    prompt, decoded = _decode(session, ids, tokens, lambda: inputs)
+    prompt, decoded = _decode(session, ids, tokens, repeat(inputs))
     return {
         "first_token": Burst(seconds=first, count=ids.shape[1]),
         "prefill": Burst(seconds=prompt, count=ids.shape[1]),
@@ -190,9 +187,8 @@ def _switch(session: OnnxSession, adapters: Adapters, ids: Ids, tokens: int, nam
     for name in turns:
         adapters.inputs(name)  # each is read on first use, which is not what is measured here
     switching = _timed(lambda: [adapters.inputs(name) for name in islice(cycle(turns), _SWITCHES)])
-    _, bare = _decode(session, ids, tokens, dict)
-    turn = cycle(turns)
-    _, switched = _decode(session, ids, tokens, lambda: adapters.inputs(next(turn)))
+    _, bare = _decode(session, ids, tokens, repeat({}))
+    _, switched = _decode(session, ids, tokens, map(adapters.inputs, cycle(turns)))
     return {
         "decode_bare": Burst(seconds=bare, count=tokens),
         "decode_switching": Burst(seconds=switched, count=tokens),
@@ -202,12 +198,8 @@ def _switch(session: OnnxSession, adapters: Adapters, ids: Ids, tokens: int, nam
 
 def _mix(session: OnnxSession, adapters: Adapters, ids: Ids, tokens: int, names: list[str]) -> dict[str, Burst]:
     """A row for each adapter, in one run and one after the other."""
-    together = adapters.row_inputs(names)
-    _, pooled = _decode(session, ids.repeat(len(names), axis=0), tokens, lambda: together)
-    singly = 0.0
-    for name in names:
-        own = adapters.inputs(name)
-        singly += _decode(session, ids, tokens, lambda own=own: own)[1]  # type: ignore[misc]
+    _, pooled = _decode(session, ids.repeat(len(names), axis=0), tokens, repeat(adapters.row_inputs(names)))
+    singly = sum(_decode(session, ids, tokens, repeat(adapters.inputs(name)))[1] for name in names)
     count = len(names) * tokens
     return {"pooled": Burst(seconds=pooled, count=count), "singly": Burst(seconds=singly, count=count)}
 

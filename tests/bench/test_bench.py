@@ -41,7 +41,7 @@ MORE = {
     None: set[str](),
     "fixed": set[str](),
     "hot-swap": {"adapter_load", "decode_bare", "decode_switching", "adapter_switch"},
-    "pooled": {"adapter_load", "pooled", "singly"},
+    "pooled": {"pooled", "singly"},
 }
 
 
@@ -169,6 +169,14 @@ def test_more_tokens_than_the_context_and_adapters_of_a_merged_export(
     assert_one_message(command("bench", output, "--adapter", "one", "--quiet"), 2, "takes no adapters")
     ended = command("bench", output, "--runs", 1, "--quiet", "--json", tmp_path / "no" / "file.json")
     assert_one_message(ended, 5, "file.json")
+
+
+def test_other_models_than_those_of_text_are_refused_before_they_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_deploy.bench.measure.exported_task", lambda directory: "seq2seq-lm")
+    with pytest.raises(UsageError, match="only language models and classifiers"):
+        measure(BenchOptions(directory=tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@
         [--part deployed] [--quick] [--work DIR]
 
 Each part is a program of its own beside this file, which takes turns with the peers and writes with `--json` what it
-found: names, each with "ours", "peer", their "ratio" and the "unit". WORK/results.json holds that with the versions and
-the machine, results.md the same as a table, results.png the ratios as bars. A part that fails is named with the end of
-what it printed, and the others go on; the exit code is then 1. The numbers of a part that is not asked for stay as an
-earlier command left them.
+found: names, each with "ours", the "unit" and, where there is a peer, "peer" and the "ratio". WORK/results.json holds
+that with the versions and the machine, results.md the same as a table, results.png the ratios as bars. A part that
+fails is named with the end of what it printed, and the others go on; the exit code is then 1. The numbers of a part
+that is not asked for stay as an earlier command left them. In full it needs some 30 GB of disk: models and exports are
+kept in WORK for the next time.
 
 --quick tries everything on SmolLM2 in little: to see that it runs, not what it gives.
 """
@@ -22,7 +23,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lora_deploy.bench.machine import describe_machine
 from lora_deploy.demo.model import fetch_smollm2
@@ -62,7 +62,7 @@ def commands(part: str, model: Path, work: Path, quick: bool) -> list[tuple[str,
         "startup": [
             ("lora_deploy", "export", "--merge", "--precision", "int4", "--calibration-rows", "0", *made, str(int4)),
             ("lora_deploy", "export", "--branch", *made, str(nf4)),
-            (f"{_HERE}startup", "--model", str(int4), str(nf4)),
+            (f"{_HERE}startup", "--model", str(int4), "--model", str(nf4)),
         ],
     }
     if not quick:
@@ -73,7 +73,7 @@ def commands(part: str, model: Path, work: Path, quick: bool) -> list[tuple[str,
         "branch": ("--rounds", "1"),
         "deployed": ("--seeds", "0", "--answers", "4", "--only", "fp16"),
         "training": ("--rounds", "1", "--steps", "1"),
-        "startup": (),
+        "startup": ("--runs", "1"),
     }
     if part == "export":
         return [(*peers, *little[part])]
@@ -97,7 +97,8 @@ def run_part(part: str, model: Path, work: Path, quick: bool) -> dict[str, Entry
             said = (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-3:]
             raise RuntimeError(f"{' '.join(command[1:])} ended with {ended.returncode}: {' / '.join(said)}")
         if measures:
-            entries |= json.loads(file.read_text(encoding="utf-8"))
+            found = json.loads(file.read_text(encoding="utf-8"))
+            entries |= {name: {"peer": None, "ratio": None, **entry} for name, entry in found.items()}
     return entries
 
 
@@ -113,13 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results = Results.read(asked.work)
     results.versions = {"python": platform.python_version(), **installed_versions(*PACKAGES)}
     results.machine = describe_machine()
-    failed: dict[str, Any] = {}
+    failed = False
     for part in asked.part or PARTS:
         start = time.perf_counter()
         try:
             results.parts[part] = run_part(part, model, asked.work, asked.quick)
         except RuntimeError as error:
-            failed[part] = str(error)
+            failed = True
             print(f"{part}: {error}", file=sys.stderr)
         else:
             print(f"{part}: {len(results.parts[part])} comparisons, {time.perf_counter() - start:,.0f} s", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -91,7 +92,16 @@ def test_a_part_that_fails_is_named_and_the_others_go_on(
 def test_a_part_is_a_program_that_writes_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "commands", lambda *asked: [("lora_deploy", "models")])
     assert program.run_part("export", tmp_path, tmp_path, True) == {}  # an export that is needed measures nothing
-    monkeypatch.setattr(program, "commands", lambda *asked: [("tests.benchmarks.nowhere",)])
+    (tmp_path / "alone.py").write_text(
+        "import pathlib, sys\nassert sys.argv[1] == '--json'\n"
+        """pathlib.Path(sys.argv[2]).write_text('{"help": {"ours": 0.2, "unit": "s"}}')\n"""
+    )
+    monkeypatch.setattr(program, "_HERE", "alo")
+    monkeypatch.setattr(program, "commands", lambda *asked: [("alone",)])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    found = program.run_part("startup", tmp_path, tmp_path, True)
+    assert found == {"help": {"ours": 0.2, "peer": None, "ratio": None, "unit": "s"}}
+    monkeypatch.setattr(program, "commands", lambda *asked: [("alone_nowhere",)])
     with pytest.raises(RuntimeError, match="No module named"):
         program.run_part("export", tmp_path, tmp_path, True)
 

@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from lora_deploy.cli_adapter import Json, Quiet, adapter_app
+from lora_deploy.cli_bench import bench
 from lora_deploy.cli_export import export, verify
 from lora_deploy.cli_models import models
 from lora_deploy.cli_plan import plan
@@ -196,6 +197,7 @@ app.command()(plan)
 app.command()(export)
 app.command()(verify)
 app.command()(run)
+app.command()(bench)
 app.command()(models)
 
 

@@ -18,7 +18,7 @@ from tests.export.conftest import adapter_dir
 
 __all__ = ["adapter_dir", "command"]
 
-COMMANDS = ("train", "plan", "export", "verify", "run", "models", "demo")
+COMMANDS = ("train", "plan", "export", "verify", "run", "bench", "models", "demo")
 REPORT_KEYS = {
     "activation_rounding",
     "bitsandbytes_gap",

@@ -65,6 +65,7 @@ class OnnxSession:
             kernel, on the CPU.
         exact_activations: Run "stored" int8 and int4 products on the activations as they are (MatMulNBits at accuracy
             level 0), whatever the graph says: to tell what the rounding of activations does from all else.
+        threads: How many share one operator; None for onnxruntime's own choice.
 
     Attributes:
         provider: The provider in use.
@@ -87,6 +88,7 @@ class OnnxSession:
         weights: Weights = "stored",
         *,
         exact_activations: bool = False,
+        threads: int | None = None,
     ) -> None:
         self._onnxruntime = import_onnxruntime()
         file = Path(model) / "model.onnx" if Path(model).is_dir() else Path(model)
@@ -105,6 +107,8 @@ class OnnxSession:
             self._onnxruntime.preload_dlls()  # finds the CUDA libraries that torch's packages bring
         self.provider = provider
         options = self._onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
         options.log_severity_level = _LOG_FATAL_ONLY  # it warns of every optional input, and errors are raised as well
         try:
             self.session = self._open(file, options, weights, exact_activations)

@@ -36,6 +36,7 @@ from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.session import OnnxSession, Weights
 from lora_deploy.verify import verify
 from tests.benchmarks.export_memory import write_random_adapter
+from tests.benchmarks.processes import Entry
 
 _PROMPT, _BURST = 64, 8
 Step = Callable[[], None]
@@ -274,6 +275,50 @@ class Bench:
         ]
 
 
+def _compared_times(rows: list[dict[str, Any]], yardstick: Callable[[str], str]) -> dict[str, Entry]:
+    times = {row["graph"]: row["ms"] for row in rows if "ms" in row}
+    return {
+        f"a token, {name}, to {yardstick(name)}": {
+            "ours": ms,
+            "peer": times[yardstick(name)],
+            "ratio": next(row["ratio"] for row in rows if row.get("graph") == name),
+            "unit": "ms",
+        }
+        for name, ms in times.items()
+        if name != yardstick(name)
+    }
+
+
+def _compared_precisions(rows: list[dict[str, Any]]) -> dict[str, Entry]:
+    merged = next(row for row in rows if row["precision"] == "merged fp32")["tokens_per_s"]
+    return {
+        f"decoding, {row['precision']}, to merged fp32": {
+            "ours": row["tokens_per_s"],
+            "peer": merged,
+            "ratio": row["speed_to_merged_fp32"],
+            "unit": "tokens/s",
+        }
+        for row in rows
+        if row["precision"] != "merged fp32"
+    }
+
+
+def _compared_pool(rows: list[dict[str, Any]]) -> dict[str, Entry]:
+    (row,) = rows
+    name = "a token of eight rows and adapters, pooled, to one by one"
+    pooled, eight = row["pooled ms"], row["eight runs ms"]
+    return {name: {"ours": pooled, "peer": eight, "ratio": 1 / row["ratio"], "unit": "ms"}}
+
+
+# The rows of each part as comparisons; what they are compared with is an export of ours, too.
+_COMPARED: dict[str, Callable[[list[dict[str, Any]]], dict[str, Entry]]] = {
+    "precisions": _compared_precisions,
+    "cost": lambda rows: _compared_times(rows, lambda name: f"{name[:4]} merged"),
+    "pool": _compared_pool,
+    "int8": lambda rows: _compared_times(rows, lambda name: "float slots"),
+}
+
+
 def main() -> None:
     """Measure and print one line of JSON a row."""
     parser = argparse.ArgumentParser()
@@ -282,14 +327,20 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="where the rows that have a ratio are written")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         bench = Bench(work, options.model, options.adapter, options.rounds)
+        found: dict[str, Entry] = {}
         for part in options.part or ("precisions", "cost", "pool", "int8"):
-            for row in getattr(bench, part)():
+            rows = getattr(bench, part)()
+            found |= _COMPARED[part](rows)
+            for row in rows:
                 print(json.dumps(row), flush=True)
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

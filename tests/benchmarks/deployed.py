@@ -1,6 +1,7 @@
 """What each way of deploying an adapter keeps of what was learnt: the README's table, from exported files.
 
     python -m tests.benchmarks.deployed [--model DIR] [--work DIR] [--seeds 0 1 2] [--only NAME] [--answers 40]
+        [--json FILE]
 
 For every seed an adapter is trained on SmolLM2-135M-Instruct in NF4 (rank 16, 75 steps, reminders to JSON), deployed in
 each way, and every exported file is run in onnxruntime against the function that was trained, teacher-forced: on
@@ -42,10 +43,19 @@ from lora_deploy.terminal import make_console
 from lora_deploy.train import TrainOptions, train_adapter
 from lora_deploy.verify.reference import compute_logits, load_twin
 from lora_deploy.verify.texts import Logits, compare_on_text
+from tests.benchmarks.processes import Entry, compare, write_entries
 
 _NF4 = QuantizationScheme(method="nf4")
 _ROWS = 4  # of a text at once, as compare_on_text takes them
 Rewrite = Callable[[torch.Tensor], torch.Tensor]
+
+
+# Our ways, and the other exporters' that they stand against.
+_OTHERS = {
+    "merged fp16": "merged into the original weights, fp16",
+    "merged int4, calibrated": "the same, then int4 to nearest",
+    "NF4 codes and branch in int8": "merged, back to NF4",
+}
 
 
 def _to_int4(values: torch.Tensor) -> torch.Tensor:
@@ -216,6 +226,18 @@ def stored_bits(output: Path, base: TrainingBase) -> float | None:
     return round(bits / sum(sizes.values()), 3)
 
 
+def compare_with_others(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Entry]:
+    """How far our ways are from the trained function, beside what other exporters do; those that were measured."""
+    return {
+        f"{own}, to {other}: {text} KL": compare(
+            [row[f"{text} KL"] for row in rows[own]], [row[f"{text} KL"] for row in rows[other]], "nats a token"
+        )
+        for own, other in _OTHERS.items()
+        if rows.get(own) and rows.get(other)
+        for text in ("task", "general")
+    }
+
+
 def main() -> None:
     """Measure and print a line of JSON for every seed and way, and the medians as a table."""
     parser = argparse.ArgumentParser()
@@ -225,6 +247,7 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=40)
     parser.add_argument("--only", help="ways with this in their name")
     parser.add_argument("--export-only", action="store_true", help="make the files and measure nothing")
+    parser.add_argument("--json", type=Path, help="where the comparisons with other exporters' ways are written")
     options = parser.parse_args()
     ways = [way for way in WAYS if options.only is None or options.only in way[0]]
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name, *_ in ways}
@@ -239,6 +262,8 @@ def main() -> None:
                 if not options.export_only:
                     rows[name].append({"seed": seed, **bench.measure(name, output)})
                     print(json.dumps(rows[name][-1]), flush=True)
+    if options.json is not None:
+        write_entries(compare_with_others(rows), options.json)
     for name, found in rows.items() if not options.export_only else ():
         middle = {
             key: statistics.median(row[key] for row in found)

@@ -1,6 +1,7 @@
 """Time and peak memory of the export of a 1.1B model, and of one with twice the layers.
 
     python -m tests.benchmarks.export_memory [--quantization nf4] [--precision fp16] [--layers 16 32] [--branch]
+        [--json FILE]
 
 Writes random Llama checkpoints (hidden 2048, intermediate 8192, vocabulary 32000, 8 KV heads, bf16; 2.1 GB for 16
 layers) and random adapters of rank 16 on all linear layers, exports each in a process of its own, without the parity
@@ -24,6 +25,7 @@ from transformers import LlamaConfig
 from lora_deploy.adapter import LoraAdapter, LoraUpdate, write_adapter
 from lora_deploy.config import LoraConfig
 from lora_deploy.quantization.base import TrainingBase
+from tests.benchmarks.processes import Entry, compare, write_entries
 
 _EXPORT = """
 import sys, time
@@ -38,18 +40,17 @@ print(f'{{"seconds": {seconds:.1f}, "peak_gb": {int(peak) * 1024 / 1e9:.3f}, "by
 """
 
 
-def write_checkpoint(directory: Path, layers: int) -> None:
-    """A random sharded bf16 checkpoint with the given number of layers, written a layer at a time."""
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        max_position_embeddings=2048,
-        dtype="bfloat16",
-    )
+def write_checkpoint(directory: Path, layers: int, **fields: int) -> None:
+    """A random sharded bf16 checkpoint, written a layer at a time.
+
+    Args:
+        directory: Where it goes.
+        layers: How many.
+        **fields: Of the configuration, where they are not those of a 1.1B model of 16 layers.
+    """
+    shape = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+    shape |= {"vocab_size": 32000, "max_position_embeddings": 2048, **fields}
+    config = LlamaConfig(num_hidden_layers=layers, dtype="bfloat16", **shape)
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(directory)
     hidden, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
@@ -89,7 +90,9 @@ def main() -> None:
     parser.add_argument("--quantization", nargs="+", default=["none", "nf4"])
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--branch", action="store_true", help="Not merged: the base's own codes and slots.")
+    parser.add_argument("--json", type=Path, help="where the last of the layers beside the first are written")
     options = parser.parse_args()
+    found: dict[tuple[str, int], dict[str, float]] = {}
     precision = "branch" if options.branch else options.precision
     for layers in options.layers:
         with tempfile.TemporaryDirectory() as name:
@@ -100,8 +103,24 @@ def main() -> None:
                 paths = [str(directory / part) for part in ("base", "adapter", f"out-{quantization}")]
                 command = [sys.executable, "-c", _EXPORT, *paths, quantization, precision]
                 run = subprocess.run(command, check=True, capture_output=True, text=True)
-                measured = json.loads(run.stdout.splitlines()[-1])
+                measured = found[quantization, layers] = json.loads(run.stdout.splitlines()[-1])
                 print(json.dumps({"layers": layers, "quantization": quantization, **measured}), flush=True)
+    if options.json is not None:
+        write_entries(_compare_depths(found, options.quantization, options.layers, precision), options.json)
+
+
+def _compare_depths(
+    found: dict[tuple[str, int], dict[str, float]], quantizations: list[str], layers: list[int], precision: str
+) -> dict[str, Entry]:
+    """The model of the most layers beside that of the fewest, which is ours, too."""
+    most, fewest = max(layers), min(layers)
+    return {
+        f"{quantization} to {precision}, {most} layers, to {fewest}: {what}": compare(
+            [found[quantization, most][key]], [found[quantization, fewest][key]], unit
+        )
+        for quantization in quantizations
+        for what, key, unit in (("time", "seconds", "s"), ("peak memory", "peak_gb", "GB"))
+    }
 
 
 if __name__ == "__main__":

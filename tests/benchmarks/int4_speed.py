@@ -1,6 +1,6 @@
 """Tokens a second of a merged int4 export beside onnxruntime-genai's own builder's, in onnxruntime-genai and in `run`.
 
-    python -m tests.benchmarks.int4_speed [--model DIR] [--prompt 128] [--bursts 30]
+    python -m tests.benchmarks.int4_speed [--model DIR] [--prompt 128] [--bursts 30] [--restarts 3] [--json FILE]
 
 The builder converts SmolLM2-135M-Instruct to int4 as its users do; `lora-deploy` exports the same weights with the
 output head in int4, as the builder's, and in int8, as it is by default. All generate in turns, a burst of tokens each,
@@ -26,6 +26,7 @@ from lora_deploy.export import export_onnx
 from lora_deploy.requantize import Requantization
 from lora_deploy.run import OnnxModel
 from lora_deploy.terminal import make_console
+from tests.benchmarks.processes import compare, write_entries
 
 _BURST = 16  # tokens
 
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens before the first burst")
     parser.add_argument("--bursts", type=int, default=30)
     parser.add_argument("--restarts", type=int, default=3, help="how often the models are opened anew")
+    parser.add_argument("--json", type=Path, help="where the comparisons are written")
     asked = parser.parse_args()
     console = make_console()
     with tempfile.TemporaryDirectory() as work:
@@ -49,12 +51,18 @@ def main() -> None:
             ours[name] = Path(work) / name.replace(" ", "-")
             rounding = Requantization(4, head=head, rows=0)  # type: ignore[arg-type]
             export_onnx(base, output=ours[name], precision="int4", requantization=rounding, verify=False)
-        found = compare({"builder": builder, **ours}, asked.prompt, asked.bursts, asked.restarts)
-    console.print_json(json.dumps(found))
+        seconds = measure({"builder": builder, **ours}, asked.prompt, asked.bursts, asked.restarts)
+    console.print_json(json.dumps(summarize(seconds)))
+    rates = {name: [1 / one for one in values] for name, values in seconds.items()}
+    peer = rates.pop("builder")
+    write_entries(
+        {f"decoding, {name}, to genai's own export": compare(own, peer, "tokens/s") for name, own in rates.items()},
+        asked.json,
+    )
 
 
-def compare(models: dict[str, Path], prompt: int, bursts: int, restarts: int) -> dict[str, object]:
-    """Median tokens a second of each, and how many times the first's the others' are.
+def measure(models: dict[str, Path], prompt: int, bursts: int, restarts: int) -> dict[str, list[float]]:
+    """Seconds a token of every burst, by model; those of one place in the lists were beside each other.
 
     Args:
         models: What onnxruntime-genai opens; all but the first are opened by `OnnxModel` too.
@@ -71,6 +79,12 @@ def compare(models: dict[str, Path], prompt: int, bursts: int, restarts: int) ->
         for _ in range(bursts):
             for name, step in steps.items():
                 seconds[name].append(step())
+    return dict(seconds)
+
+
+def summarize(seconds: dict[str, list[float]]) -> dict[str, object]:
+    """Median tokens a second of each, and the quartiles of how many times the first's the others' are."""
+    first = next(iter(seconds))
     found: dict[str, object] = {
         "tokens_per_second": {k: round(1 / statistics.median(v), 1) for k, v in seconds.items()}
     }

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForTokenClassification, AutoTokenizer
 
+from lora_deploy.bench import BenchOptions
+from lora_deploy.bench.measure import measure
 from lora_deploy.errors import UsageError
 from lora_deploy.export import export_onnx
 from lora_deploy.run import OnnxClassifier, OnnxModel, OnnxTokenClassifier
@@ -170,3 +172,12 @@ def test_texts_get_a_class_for_each_token_on_the_command_line_too(tmp_path: Path
         OnnxModel(output)
     with pytest.raises(UsageError, match="takes a list of texts"):
         OnnxTokenClassifier(output).classify([])
+
+
+def test_bench_measures_texts(exported: Path, command: Command) -> None:
+    sample = measure(BenchOptions(directory=exported))
+    assert sample.bursts.keys() == {"open", "first_text", "texts", "texts_in_batch"}
+    assert (sample.task, sample.prompt_tokens, sample.tokens) == ("sequence-classification", 26, 0)
+    assert [sample.bursts[name].count for name in ("first_text", "texts", "texts_in_batch")] == [1, 8, 8]
+    assert all(burst.seconds > 0 for burst in sample.bursts.values())
+    assert_one_message(command("bench", exported, "--tokens", 3, "--quiet"), 2, "classifier", "--tokens")

@@ -30,9 +30,14 @@ from lora_deploy.adapter import LoraAdapter, adapter_of
 from lora_deploy.config import LoraConfig
 from lora_deploy.layers import get_lora_model, lora_layers
 from lora_deploy.quantization import QuantizedWeight
-from tests.faults.tally import pytest_addoption, pytest_sessionfinish, tally
+from tests.faults.tally import pytest_addoption, pytest_sessionfinish, pytest_testnodedown, tally
 
-__all__ = ["pytest_addoption", "pytest_sessionfinish", "tally"]  # hooks and a fixture, which pytest finds here
+__all__ = [
+    "pytest_addoption",
+    "pytest_sessionfinish",
+    "pytest_testnodedown",
+    "tally",
+]  # hooks and a fixture, which pytest finds here
 
 # What PEFT says of what is meant: of Conv1D, of adapted and saved output heads, of a bias of B on a layer without one.
 QUIET_PEFT = [
@@ -67,6 +72,15 @@ _GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _CONFIGS = {"llama": (LlamaConfig, _ROPE_MODEL), "qwen2": (Qwen2Config, _ROPE_MODEL), "gpt2": (GPT2Config, _GPT2)}
 
 transformers_logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `-n`, a file's tests stay together, and so do those of SmolLM2, whose training they share: these first."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            group = "real" if "real" in item.path.parts else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
+        items.sort(key=lambda item: "real" not in item.path.parts)
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:

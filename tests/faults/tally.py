@@ -1,12 +1,13 @@
 """What the fault suite tried, and what survived: the table in the README.
 
-python -m pytest tests/faults tests/fuzz -m "slow or not slow" --fault-table FILE
+python -m pytest -n 2 --dist loadgroup tests/faults tests/fuzz tests/attacks -m "slow or not slow" --fault-table FILE
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault-table", help="write what the fault suite tried, and what survived, as Markdown")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a worker of `-n` has counted."""
+    for counter, counted in zip(
+        (_TALLY.tried, _TALLY.survived), getattr(node, "workeroutput", {}).get("faults", []), strict=False
+    ):
+        counter.update(counted)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["faults"] = [dict(_TALLY.tried), dict(_TALLY.survived)]
+        return
     file = session.config.getoption("--fault-table")
     if file and _TALLY.tried:
         Path(file).write_text(_TALLY.table(), encoding="utf-8")

@@ -18,8 +18,8 @@ from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.classify import exported_task
 from lora_deploy.run.sampling import Sampling
 from lora_deploy.run.session import OnnxSession, Weights, numpy_of
-from lora_deploy.run.tokenizer import load_tokenizer
 from lora_deploy.task import is_classification
+from lora_deploy.tokenizer import load_tokenizer
 
 __all__ = ["OnnxModel"]
 

@@ -14,6 +14,7 @@ from lora_deploy.graph_check import metadata_of, read_graph
 from lora_deploy.manifest import Manifest
 from lora_deploy.run.context import check_context, read_context_length
 from lora_deploy.run.interface import check_cache_input, check_logits, first_line
+from lora_deploy.run.threads import usable_threads
 
 __all__ = ["Cache", "OnnxSession", "host_ortvalue", "import_onnxruntime", "numpy_dtype", "numpy_of"]
 
@@ -65,6 +66,7 @@ class OnnxSession:
             kernel, on the CPU.
         exact_activations: Run "stored" int8 and int4 products on the activations as they are (MatMulNBits at accuracy
             level 0), whatever the graph says: to tell what the rounding of activations does from all else.
+        threads: How many share one operator; None for as many as this process may run at once.
 
     Attributes:
         provider: The provider in use.
@@ -87,6 +89,7 @@ class OnnxSession:
         weights: Weights = "stored",
         *,
         exact_activations: bool = False,
+        threads: int | None = None,
     ) -> None:
         self._onnxruntime = import_onnxruntime()
         file = Path(model) / "model.onnx" if Path(model).is_dir() else Path(model)
@@ -105,6 +108,7 @@ class OnnxSession:
             self._onnxruntime.preload_dlls()  # finds the CUDA libraries that torch's packages bring
         self.provider = provider
         options = self._onnxruntime.SessionOptions()
+        options.intra_op_num_threads = usable_threads() if threads is None else threads
         options.log_severity_level = _LOG_FATAL_ONLY  # it warns of every optional input, and errors are raised as well
         try:
             self.session = self._open(file, options, weights, exact_activations)

@@ -141,17 +141,21 @@ class OnnxSession:
         how: dict[str, Any] = {"providers": [_PROVIDERS[self.provider]], "enable_fallback": int(self.provider != "cpu")}
         if weights == "stored" and not exact_activations:
             return self._onnxruntime.InferenceSession(str(file), options, **how)
-        from lora_deploy.run.weights import ExpandedWeights, NativeWeights, graph_at_level_0
-
         # The graph comes from memory, the weights that are as they were from its folder.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+        if weights == "native":
+            from lora_deploy.run.native_weights import NativeWeights
+
+            # Kept with the session: onnxruntime has no share in the memory of what it is given.
+            self._weights: Any = NativeWeights(file, options)
+            return self._onnxruntime.InferenceSession(self._weights.graph, options, **how)
+        from lora_deploy.run.weights import ExpandedWeights, graph_at_level_0
+
         if weights == "stored":
             return self._onnxruntime.InferenceSession(graph_at_level_0(file), options, **how)
-        # Kept with the session: onnxruntime has no share in the memory of what it is given.
-        self._weights = NativeWeights(file, options) if weights == "native" else ExpandedWeights(file, options)
+        self._weights = ExpandedWeights(file, options)
         session = self._onnxruntime.InferenceSession(self._weights.graph, options, **how)
-        if isinstance(self._weights, ExpandedWeights):
-            self._weights.release(session)
+        self._weights.release(session)
         return session
 
     def empty_cache(self, batch: int, room: int = 0) -> Cache:

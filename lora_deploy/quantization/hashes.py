@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-import bitsandbytes as bnb
 import torch
 from torch import nn
 
+from lora_deploy.quantization.bnb import bitsandbytes as bnb
 from lora_deploy.quantization.model import quantized_weight
 
 __all__ = ["combine_hashes", "hash_codes", "hash_tensors"]

@@ -84,10 +84,11 @@ class Settings:
         directory: Where it is from.
         recipe: How transformers makes it anew; None where it is taken as `tokenizer.json` has it.
         options: Keyword arguments of its class.
-        added: The tokens that are told apart before the text is split, by id.
+        added: The tokens that are told apart before the text is split, by id; None for those of `tokenizer.json`.
         named: Special tokens by name.
         extra: Special tokens without a name.
         chat_template: The chat template; None where there is none.
+        special_tokens: Those with names, as text.
     """
 
     directory: Path

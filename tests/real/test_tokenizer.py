@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.real.conftest import Trained, trained
+from tests.real.conftest import Trained
 from tests.tokenizer.same import assert_same
-
-__all__ = ["trained"]
 
 pytestmark = pytest.mark.real
 

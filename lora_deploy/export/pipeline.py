@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lora_deploy.run.threads import usable_threads
+
 __all__ = ["Job", "Parts", "in_order"]
 
 # Name of an initializer and its values, or some of its rows: those of the same name come one after the other.
@@ -82,4 +84,4 @@ def in_order(jobs: Iterable[Job]) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable_threads() or os.cpu_count() or 1

@@ -8,11 +8,11 @@ import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 
-import bitsandbytes as bnb
 import torch
 from torch import nn
 
 from lora_deploy.checkpoint import Checkpoint
+from lora_deploy.quantization.bnb import bitsandbytes as bnb
 from lora_deploy.quantization.model import quantized_weight
 
 __all__ = ["CheckpointHash", "TensorHash", "combine_hashes", "hash_codes", "hash_tensors"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,6 +14,7 @@ from lora_deploy.checkpoint import resolve_model
 from lora_deploy.errors import CheckpointError
 from lora_deploy.inputs.configuration import check_configuration
 from lora_deploy.inputs.json_files import read_json
+from lora_deploy.quantization.bnb import bitsandbytes as bnb
 from lora_deploy.quantization.quantize import expand_absmax
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.weight import Blockwise4BitWeight, DenseWeight, Int8Weight, QuantizedWeight

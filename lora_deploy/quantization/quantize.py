@@ -6,12 +6,12 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from bitsandbytes import functional as bnb
 from numpy.typing import NDArray
 
 from lora_deploy.codes import CODES
 from lora_deploy.errors import InputError
 from lora_deploy.native.weights import weight_kernels
+from lora_deploy.quantization.bnb import functional as bnb
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.weight import (
     Blockwise4BitWeight,

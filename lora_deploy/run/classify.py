@@ -15,8 +15,8 @@ from lora_deploy.inputs.json_files import read_json
 from lora_deploy.manifest import read_metadata
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.session import OnnxSession, Weights
-from lora_deploy.run.tokenizer import load_tokenizer
 from lora_deploy.task import Task
+from lora_deploy.tokenizer import load_tokenizer
 
 __all__ = ["Classification", "OnnxClassifier", "OnnxTokenClassifier", "TokenClassification", "exported_task"]
 

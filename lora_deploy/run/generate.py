@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,8 @@ from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.classify import exported_task
 from lora_deploy.run.sampling import Sampling
 from lora_deploy.run.session import OnnxSession, Weights, numpy_of
-from lora_deploy.run.tokenizer import load_tokenizer
 from lora_deploy.task import is_classification
+from lora_deploy.tokenizer import load_tokenizer
 
 __all__ = ["OnnxModel"]
 
@@ -64,7 +65,10 @@ class OnnxModel:
                 found=directory,
                 remedy="open it with optimum's ORTModelForSeq2SeqLM, or its three graphs with OnnxSession",
             )
-        self.session = OnnxSession(self.directory, provider, weights)
+        # onnxruntime opens a graph without Python, so that there is time for the tokenizer.
+        with ThreadPoolExecutor(1) as beside:
+            tokenizer = beside.submit(load_tokenizer, self.directory)
+            self.session = OnnxSession(self.directory, provider, weights)
         if self.session.manifest is not None and is_classification(self.session.manifest.task):
             raise UsageError(
                 "this export is a classifier: it writes no text",
@@ -73,7 +77,7 @@ class OnnxModel:
             )
         self.adapters = Adapters(self.session, self.directory)
         self.set_adapter(adapter)
-        self.tokenizer = load_tokenizer(self.directory)
+        self.tokenizer = tokenizer.result()
         self.eos_token_ids = self._find_eos_token_ids()
         self.context_length = self.session.context_length
         self.tokens_per_second: float | None = None

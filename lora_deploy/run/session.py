@@ -14,6 +14,7 @@ from lora_deploy.graph_check import metadata_of, read_graph
 from lora_deploy.manifest import Manifest
 from lora_deploy.run.context import check_context, read_context_length
 from lora_deploy.run.interface import check_cache_input, check_logits, first_line
+from lora_deploy.run.threads import usable_threads
 
 __all__ = ["Cache", "OnnxSession", "host_ortvalue", "import_onnxruntime", "numpy_dtype", "numpy_of"]
 
@@ -65,7 +66,7 @@ class OnnxSession:
             kernel, on the CPU.
         exact_activations: Run "stored" int8 and int4 products on the activations as they are (MatMulNBits at accuracy
             level 0), whatever the graph says: to tell what the rounding of activations does from all else.
-        threads: How many share one operator; None for onnxruntime's own choice.
+        threads: How many share one operator; None for as many as this process may run at once.
 
     Attributes:
         provider: The provider in use.
@@ -107,8 +108,7 @@ class OnnxSession:
             self._onnxruntime.preload_dlls()  # finds the CUDA libraries that torch's packages bring
         self.provider = provider
         options = self._onnxruntime.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options.intra_op_num_threads = usable_threads() if threads is None else threads
         options.log_severity_level = _LOG_FATAL_ONLY  # it warns of every optional input, and errors are raised as well
         try:
             self.session = self._open(file, options, weights, exact_activations)
@@ -141,17 +141,21 @@ class OnnxSession:
         how: dict[str, Any] = {"providers": [_PROVIDERS[self.provider]], "enable_fallback": int(self.provider != "cpu")}
         if weights == "stored" and not exact_activations:
             return self._onnxruntime.InferenceSession(str(file), options, **how)
-        from lora_deploy.run.weights import ExpandedWeights, NativeWeights, graph_at_level_0
-
         # The graph comes from memory, the weights that are as they were from its folder.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(file.parent))
+        if weights == "native":
+            from lora_deploy.run.native_weights import NativeWeights
+
+            # Kept with the session: onnxruntime has no share in the memory of what it is given.
+            self._weights: Any = NativeWeights(file, options)
+            return self._onnxruntime.InferenceSession(self._weights.graph, options, **how)
+        from lora_deploy.run.weights import ExpandedWeights, graph_at_level_0
+
         if weights == "stored":
             return self._onnxruntime.InferenceSession(graph_at_level_0(file), options, **how)
-        # Kept with the session: onnxruntime has no share in the memory of what it is given.
-        self._weights = NativeWeights(file, options) if weights == "native" else ExpandedWeights(file, options)
+        self._weights = ExpandedWeights(file, options)
         session = self._onnxruntime.InferenceSession(self._weights.graph, options, **how)
-        if isinstance(self._weights, ExpandedWeights):
-            self._weights.release(session)
+        self._weights.release(session)
         return session
 
     def empty_cache(self, batch: int, room: int = 0) -> Cache:

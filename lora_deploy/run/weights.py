@@ -1,4 +1,4 @@
-"""Other ways to run a graph whose weights are codes: dequantized when it is opened, or by a kernel of our own.
+"""Other ways to run a graph whose weights are codes: dequantized when it is opened, or on activations as they are.
 
 The exported file stays as it is; only the graph that onnxruntime is given differs.
 """
@@ -19,7 +19,7 @@ from lora_deploy.errors import UsageError
 from lora_deploy.manifest import CodedWeight, Manifest
 from lora_deploy.run.session import import_onnxruntime, numpy_dtype
 
-__all__ = ["ExpandedWeights", "NativeWeights", "graph_at_level_0"]
+__all__ = ["ExpandedWeights", "graph_at_level_0"]
 
 _PRIVATE: dict[str, int] = {}
 if hasattr(mmap, "MAP_PRIVATE"):
@@ -147,66 +147,6 @@ def graph_at_level_0(file: Path) -> bytes:
         if node.op_type == "MatMulNBits" and "accuracy_level" in node.attributes:
             node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
     return bytes(ir.to_proto(model).SerializeToString())
-
-
-class NativeWeights:
-    """A graph with lora-deploy's own operators for the products that they can compute: 4-bit codes, and LLM.int8.
-
-    Args:
-        file: `model.onnx`.
-        options: The session options; get the library, and int8 codes as the operator reads them.
-
-    Attributes:
-        graph: To be opened from memory.
-
-    Raises:
-        UsageError: The kernels cannot be compiled here, or the graph has none of these products.
-    """
-
-    def __init__(self, file: Path, options: Any) -> None:
-        from lora_deploy.native import load_kernels
-
-        model = ir.load(file)
-        manifest = Manifest.read(model.metadata_props, file)
-        usable = [weight for weight in manifest.coded if _has_kernel(weight)]
-        if not usable or manifest.compute_dtype != "fp32":
-            raise UsageError(
-                "the native kernels are for weights in nf4, fp4 or LLM.int8, computed in float32",
-                found=f"{manifest.precision} weights, computed in {manifest.compute_dtype}",
-                expected="an export with --branch of a quantized base, without --expand, for the CPU",
-            )
-        options.register_custom_ops_library(str(load_kernels()))
-        products = {node.outputs[0].name: node for node in model.graph if node.outputs}
-        self._given: dict[str, Any] = {}
-        for weight in usable:
-            node = products[weight.output]
-            node.domain, node.version = "lora_deploy", None
-            if weight.operator == "MatMulNBits":
-                node.op_type = "MatMulInt8"
-                self._give_int8(model, node, weight, file.name)
-        for name, value in self._given.items():
-            options.add_initializer(name, value)
-        RemoveUnusedNodesPass()(model)
-        model.graph.opset_imports["lora_deploy"] = 1
-        self.graph = bytes(ir.to_proto(model).SerializeToString())
-
-    def _give_int8(self, model: ir.Model, node: ir.Node, weight: CodedWeight, file_name: str) -> None:
-        """MatMulNBits' codes, blocks of code + 128, as int8 (out, in), and one scale a row."""
-        rows, columns = weight.shape
-        codes, scales = (model.graph.initializers[name].const_value for name in (weight.codes, weight.scales))
-        assert codes is not None
-        assert scales is not None
-        signed = (codes.numpy().reshape(rows, -1)[:, :columns] ^ 0x80).view(np.int8)
-        arrays = (np.ascontiguousarray(signed), np.ascontiguousarray(scales.numpy().reshape(rows, -1)[:, 0]))
-        for place, (name, array) in enumerate(zip(("codes", "scales"), arrays, strict=True), start=1):
-            value = _placeholder(f"{weight.output}.{name}", array, file_name)
-            model.graph.initializers[str(value.name)] = value
-            node.replace_input_with(place, value)
-            self._given[str(value.name)] = import_onnxruntime().OrtValue.ortvalue_from_numpy(array)
-
-
-def _has_kernel(weight: CodedWeight) -> bool:
-    return weight.operator == "MatMulBnb4" or (weight.operator == "MatMulNBits" and weight.exact)
 
 
 def _placeholder(name: str, array: NDArray[Any], file_name: str) -> ir.Value:

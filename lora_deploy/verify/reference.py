@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
-import bitsandbytes as bnb
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,6 +21,7 @@ from lora_deploy.adapter import LoraAdapter, apply_adapter
 from lora_deploy.export.graph import quiet
 from lora_deploy.quantization import DenseWeight, load_base_model, quantize, quantized_weight
 from lora_deploy.quantization.base import TrainingBase
+from lora_deploy.quantization.bnb import bitsandbytes as bnb
 from lora_deploy.quantization.model import is_linear
 from lora_deploy.task import auto_class, is_classification
 

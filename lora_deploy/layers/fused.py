@@ -95,7 +95,6 @@ class _FusedLora(torch.autograd.Function):
             kept = (x,)
             if origin is not None:
                 ctx.recipe, kept = origin.recipe, origin.inputs
-                origin.recipe.readers += 1
         ctx.save_for_backward(a, b, bits, *kept)
         return result
 
@@ -117,7 +116,8 @@ class _FusedLora(torch.autograd.Function):
                 if mask is not None:
                     rows = torch.ops.aten.native_dropout_backward(rows, mask, 1 / (1 - branch.dropout))
                 grad_a = (high.t() @ rows).to(a.dtype)
-                grad_b = (narrow.t() @ (rows @ a.t().to(branch.compute))).mul_(branch.scaling).to(b.dtype)
+                low = rows @ a.t().to(branch.compute)
+                grad_b = (low.t() @ narrow).mul_(branch.scaling).t().to(b.dtype)
             if ctx.needs_input_grad[2]:
                 grad_x = _input_gradient(branch, grad, high, a, mask, dtype).view(shape)
             if ctx.needs_input_grad[5]:

@@ -7,7 +7,7 @@ them too (`origin_of`): what it has in common with other layers, such as the inp
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,43 +19,44 @@ Make = Callable[..., torch.Tensor]
 
 
 class Recipe:
-    """How a tensor was computed, and the tensor again while somebody is still to read it in a backward.
+    """How a tensor was computed, and in a backward the tensor again, with the graph from its inputs.
 
     Args:
         make: Deterministic; reads nothing that changes but its inputs.
         device: Of the inputs.
-
-    Attributes:
-        readers: How many layers will ask for the tensor in one backward.
     """
 
     def __init__(self, make: Make, device: torch.device) -> None:
         self.make = make
-        self.readers = 0
-        self._device, self._enabled = device.type, torch.is_autocast_enabled(device.type)
-        self._dtype = torch.get_autocast_dtype(device.type)
-        self._value: torch.Tensor | None = None
-        self._left = 0
-
-    def as_before(self) -> AbstractContextManager[Any]:
-        """The autocast that was in force."""
-        return torch.autocast(self._device, dtype=self._dtype, enabled=self._enabled)
+        self._autocast = partial(
+            torch.autocast,
+            device.type,
+            dtype=torch.get_autocast_dtype(device.type),
+            enabled=torch.is_autocast_enabled(device.type),
+        )
+        self._made: tuple[list[torch.Tensor], torch.Tensor] | None = None
 
     def again(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The tensor; the last reader of a backward leaves nothing behind.
+        """The tensor, without a graph; computed once for all that ask for it in a backward.
 
         Args:
             inputs: What it was made of.
         """
-        if self._value is None:
-            with torch.no_grad(), self.as_before():
-                self._value = self.make(*inputs)
-            self._left = self.readers
-        value = self._value
-        self._left -= 1
-        if self._left <= 0:
-            self._value = None
-        return value
+        return self._make(inputs)[1].detach()
+
+    def backward(self, inputs: Sequence[torch.Tensor], grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of the inputs; None where there is none. The tensor is then forgotten."""
+        leaves, result = self._make(inputs)
+        self._made = None
+        found = iter(torch.autograd.grad(result, [leaf for leaf in leaves if leaf.requires_grad], grad))
+        return tuple(next(found) if leaf.requires_grad else None for leaf in leaves)
+
+    def _make(self, inputs: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        if self._made is None:
+            leaves = [kept.detach().requires_grad_(kept.requires_grad) for kept in inputs]
+            with torch.enable_grad(), self._autocast():
+                self._made = leaves, self.make(*leaves)
+        return self._made
 
 
 class Origin(NamedTuple):
@@ -115,9 +116,4 @@ class _Remake(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        wanted = ctx.needs_input_grad[1:]
-        inputs = [kept.detach().requires_grad_(needs) for kept, needs in zip(ctx.saved_tensors, wanted, strict=True)]
-        with torch.enable_grad(), ctx.recipe.as_before():
-            result = ctx.recipe.make(*inputs)
-        found = iter(torch.autograd.grad(result, [one for one in inputs if one.requires_grad], grad))
-        return None, *(next(found) if needs else None for needs in wanted)
+        return None, *ctx.recipe.backward(ctx.saved_tensors, grad)

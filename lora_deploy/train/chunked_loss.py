@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any, TypeGuard, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -55,12 +54,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         parts: list[torch.Tensor] = []
         for rows, answers in zip(torch.split(hidden, chunk), torch.split(labels, chunk), strict=True):
-            rows = rows.detach().requires_grad_(wanted)
+            rows, answers = rows.detach().requires_grad_(wanted), answers[:, None]
             with torch.set_grad_enabled(wanted):
-                loss = F.cross_entropy(head(rows).float(), answers, reduction="sum")
+                logits = head(rows)
+            values = logits.detach().float()
+            odds = torch.softmax(values, dim=1)
+            largest, at = odds.max(dim=1, keepdim=True)
+            # The logarithm of the sum of exponentials, from the largest of them, which is never small.
+            total += (values.gather(1, at) - largest.log() - values.gather(1, answers)).sum()
             if wanted:
-                parts += torch.autograd.grad(loss, rows)
-            total += loss.detach()
+                odds.scatter_add_(1, answers, torch.full_like(largest, -1))
+                parts += torch.autograd.grad(logits, rows, odds.to(logits.dtype))
         if wanted:
             ctx.save_for_backward(torch.cat(parts))
         return total

@@ -82,7 +82,7 @@ def chunked_loss(model: PreTrainedModel, *, every_token: bool = False) -> Iterat
 
     Args:
         model: One that `can_be_chunked`.
-        every_token: Put all tokens through the head, ignored ones or not: for tensors without values.
+        every_token: Take it that no token is ignored: for tensors without values.
     """
     head = cast(nn.Module, _head_of(model)).forward
 

@@ -83,7 +83,7 @@ def saves_for_backward(*tensors: torch.Tensor | None) -> bool:
     """Whether a graph is being made from these tensors, by torch itself and not by its compiler."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return any(tensor is not None and tensor.requires_grad and not tensor.is_meta for tensor in tensors)
 
 
 def remake(make: Make, *inputs: torch.Tensor) -> torch.Tensor:

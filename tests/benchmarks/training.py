@@ -3,8 +3,9 @@
     python -m tests.benchmarks.training [--model DIR] [--rounds 3] [--steps 4] [--batch 4] [--length 128] [--rank 16]
 
 Each side trains in processes of its own, which take turns. All linear layers are adapted, every token is learned. A
-step is forward, backward and AdamW; the first of a process is not counted. Bytes are those of the different storages
-that autograd keeps when the forward has ended, parameters and buffers apart. Peak is the kernel's VmHWM of the process.
+step is forward, backward and AdamW; the first of a process is not counted. The processor's seconds, over all threads,
+depend less on what else the machine does. Bytes are those of the different storages that autograd keeps when the
+forward has ended, parameters and buffers apart. Peak is the kernel's VmHWM of the process.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ SIDES = ("ours", "PEFT")
 
 
 class Step(NamedTuple):
-    """What one process measured: seconds of a step, bytes kept for the backward, bytes at the peak."""
+    """What one process measured: seconds of a step, those of the processor, bytes kept for the backward and at most."""
 
     seconds: float
+    processor: float
     kept: int
     peak: int
 
@@ -57,16 +59,17 @@ def _one(side: str, model: str, steps: int, batch: int, length: int, rank: int) 
     ids = torch.randint(3, network.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    seconds = []
+    seconds: list[tuple[float, float]] = []
     for _ in range(steps + 1):
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         loss(ids).backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - began)
+        seconds.append((time.perf_counter() - began, time.process_time() - worked))
     peak = _peak()
     own = {tensor.untyped_storage().data_ptr() for tensor in [*network.parameters(), *network.buffers()]}
-    print(json.dumps([statistics.median(seconds[1:]), _kept(lambda: loss(ids), own), peak]))
+    times = map(statistics.median, zip(*seconds[1:], strict=True))
+    print(json.dumps([*times, _kept(lambda: loss(ids), own), peak]))
 
 
 def _ours(directory: str, rank: int) -> tuple[Any, Callable[[Any], Any]]:
@@ -153,9 +156,11 @@ def main() -> None:
             for side in SIDES:
                 found[side].append(run(side, *asked))
     ours, theirs = (Step(*map(statistics.median, zip(*found[side], strict=True))) for side in SIDES)
-    print("| | s a step | MB kept | MB at the peak |\n| --- | --- | --- | --- |")
+    print("| | s a step | processor s | MB kept | MB at the peak |\n| --- | --- | --- | --- | --- |")
     for side, step in zip(SIDES, (ours, theirs), strict=True):
-        print(f"| {side} | {step.seconds:.2f} | {step.kept / 1e6:,.0f} | {step.peak / 1e6:,.0f} |")
+        print(
+            f"| {side} | {step.seconds:.2f} | {step.processor:.2f} | {step.kept / 1e6:,.0f} | {step.peak / 1e6:,.0f} |"
+        )
     ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
     print(f"| ratio | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
 

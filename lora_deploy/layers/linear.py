@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lora_deploy.layers.fused import fused_lora
+from lora_deploy.layers.recompute import saves_for_backward
 from lora_deploy.quantization import QuantizedWeight, keep_codes, quantized_weight
 
 __all__ = ["LoraLinear"]
@@ -29,6 +31,9 @@ class LoraLinear(nn.Module):
         scaling: The factor on B @ A.
         lora_magnitude_vector: DoRA's length of each row of the merged weight, (out,) float32; None for plain LoRA.
         active: Whether there is any update; if not, the layer is its base.
+        fused: Whether training keeps no more than the input for the backward; if not, autograd keeps what it likes.
+            Second derivatives and torch.func need False. DoRA, a bias of B, hooks on the parts and torch.compile take
+            the plain way by themselves.
         merge_weights: Merge on `.eval()` and unmerge on `.train()`.
     """
 
@@ -51,7 +56,7 @@ class LoraLinear(nn.Module):
         base_layer.requires_grad_(False)
         self.base_layer = base_layer
         self.scaling = scaling
-        self.active = True
+        self.active = self.fused = True
         self.merge_weights = merge_weights
         out_features, in_features = self.base_weight().shape
         device = next(base_layer.parameters()).device
@@ -225,6 +230,9 @@ class LoraLinear(nn.Module):
         if self._merged is not None:
             bias = self._merged_bias()
             return F.linear(x.to(self._merged.dtype), self._merged, bias).to(x.dtype)
+        if self.active and self.fused and self._can_be_fused(x):
+            a, b = self.lora_A.weight, self.lora_B.weight
+            return fused_lora(self.base_layer, x, a, b, self.scaling, self._dropout())
         result = cast(torch.Tensor, self.base_layer(x))
         if not self.active:
             return result
@@ -233,6 +241,20 @@ class LoraLinear(nn.Module):
         if self.lora_magnitude_vector is not None:
             branch = self._dora(result, dropped, branch, x.dtype)
         return cast(torch.Tensor, result + branch.to(result.dtype))
+
+    def _can_be_fused(self, x: torch.Tensor) -> bool:
+        """Whether a graph is made, of a plain branch beside a frozen weight, and nobody looks in between."""
+        varied = self.lora_magnitude_vector is not None or self.lora_B.bias is not None
+        if varied or not saves_for_backward(x, self.lora_A.weight, self.lora_B.weight, self.bias):
+            return False
+        parts = (self.base_layer, self.lora_A, self.lora_B, self.lora_dropout)
+        watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        return not (watched or self.weight.requires_grad)
+
+    def _dropout(self) -> float:
+        """The probability in force; 0 in evaluation."""
+        part = self.lora_dropout
+        return part.p if isinstance(part, nn.Dropout) and part.training else 0.0
 
     def _dora(
         self, result: torch.Tensor, dropped: torch.Tensor, branch: torch.Tensor, dtype: torch.dtype

@@ -23,6 +23,7 @@ from lora_deploy.layers.checks import (
     unused_patterns,
 )
 from lora_deploy.layers.embedding import TableLayer, is_table
+from lora_deploy.layers.lean import make_lean
 from lora_deploy.layers.linear import LoraLinear
 from lora_deploy.layers.tables import Tie, plan_tables, table_layers
 from lora_deploy.quantization.model import is_linear, linear_modules
@@ -57,7 +58,7 @@ class ParameterCount(NamedTuple):
         return f"{self.trainable:,} of {self.total:,} parameters are trained ({self.trainable / self.total:.2%})"
 
 
-def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
+def get_lora_model(model: _Model, config: LoraConfig, *, lean: bool = True) -> _Model:
     """Put a layer with an update in the place of each targeted module and freeze everything else, in place.
 
     Linear layers become a `LoraLinear`, embeddings a `LoraEmbedding`; tables whose tokens are named a `TokenLayer`.
@@ -65,6 +66,8 @@ def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
     Args:
         model: A transformers model (any nn.Module with named linear layers), dense or quantized by bitsandbytes.
         config: Which modules, which rank, what else is trained.
+        lean: Keep as little as possible for the backward: the input of an adapted layer, of a norm, and the two
+            factors of a gated MLP. False leaves it to autograd, which second derivatives and torch.func need.
 
     Returns:
         The same model. `count_parameters(model)` tells what is trained; it is logged too.
@@ -101,6 +104,7 @@ def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
             use_dora=config.use_dora,
             lora_bias=config.lora_bias,
         )
+        layer.fused = lean
         _replace(model, name, layer)
     has_conv1d = any(isinstance(module, Conv1D) for module in targets.values())
     config = config.model_copy(update={"fan_in_fan_out": has_conv1d} | targets_for_peft(config, targets))
@@ -108,6 +112,8 @@ def get_lora_model(model: _Model, config: LoraConfig) -> _Model:
     tables.put(model, config)
     tables.say_ties({*targets, *saved})
     _train_biases(model, config)
+    if lean:
+        make_lean(model)
     model._lora_config = config  # type: ignore[assignment]
     _logger.info("%s", count_parameters(model))
     return model

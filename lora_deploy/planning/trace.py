@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from lora_deploy.config import LoraConfig
 from lora_deploy.layers import get_lora_model
 from lora_deploy.quantization.model import head_modules, is_linear
 from lora_deploy.task import Task, auto_class
+from lora_deploy.train.chunked_loss import can_be_chunked, chunked_loss
 
 __all__ = ["Meter", "Trace", "find_sites", "trace_step"]
 
@@ -61,8 +63,9 @@ def trace_step(
         model.train()
         ids = torch.zeros(batch, length, dtype=torch.int64)
         mask = torch.ones(batch, length, dtype=torch.int64)
+        in_chunks = chunked_loss(model, every_token=True) if can_be_chunked(model) else nullcontext()
         meter = Meter([*model.parameters(), *model.buffers(), ids, mask])
-        with meter:
+        with meter, in_chunks:
             model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
     return Trace(meter.peak)
 

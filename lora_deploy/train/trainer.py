@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lora_deploy.data.examples import IGNORED
 from lora_deploy.errors import DivergenceError, OutputError
 from lora_deploy.train.batches import EpochSampler, Row, Rows, collate_packed, collate_padded
 from lora_deploy.train.checkpoints import save_options
+from lora_deploy.train.chunked_loss import can_be_chunked, chunked_loss
 
 __all__ = ["AdapterTrainer"]
 
@@ -57,6 +59,7 @@ class AdapterTrainer(Trainer):
     ) -> None:
         self.record, self.options = record, options
         self._network, self._eval_rows = model, eval_rows
+        self._loss = partial(chunked_loss, model) if can_be_chunked(model) else nullcontext
         self._rows_count = len(train_rows)
         self._collate = partial(collate_packed if packed else collate_padded, pad_id=pad_id)
         self.tokens, self.seconds = 0, 0.0
@@ -96,6 +99,11 @@ class AdapterTrainer(Trainer):
         self._new_tokens += inputs.pop("num_tokens")
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         return loss
+
+    def compute_loss(self, *args: Any, **named: Any) -> Any:
+        """The loss of a batch, without the logits of all of it where the head is frozen."""
+        with self._loss():
+            return super().compute_loss(*args, **named)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the Trainer would walk through all parameters at each batch."""
@@ -153,7 +161,7 @@ class AdapterTrainer(Trainer):
             batch = self._prepare_inputs(self._collate(rows[start : start + size]))
             batch.pop("num_tokens")
             learned = int((batch["labels"][:, 1:] != IGNORED).sum())
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self._loss():
                 total += float(self._network(**batch).loss) * learned
             count += learned
         self._network.train()

@@ -98,7 +98,10 @@ def test_outputs_and_gradients_are_pefts(case: str) -> None:
     found.square().sum().backward()
     for name, parameter in their_parameters(theirs).items():
         assert parameter.grad is not None
-        torch.testing.assert_close(our_parameters(ours)[name].grad, parameter.grad, rtol=1e-4, atol=1e-4)
+        # Of the largest: those of "Deep" reach 1e8, and what cancels is rounded in another order (PEFT's own elements
+        # are off by up to 3e-3 of their size there, against float64).
+        atol = max(1e-4, 1e-5 * float(parameter.grad.abs().max()))
+        torch.testing.assert_close(our_parameters(ours)[name].grad, parameter.grad, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -24,6 +24,7 @@ from lora_deploy.planning.trace import Meter, find_sites, trace_step
 from lora_deploy.quantization import QuantizationScheme, load_base_model
 from lora_deploy.quantization.model import linear_modules
 from lora_deploy.quantization.skeleton import describe_linear, make_skeleton
+from lora_deploy.train.chunked_loss import chunked_loss
 from tests.conftest import CheckpointFactory, save_tiny
 from tests.planning.families import CONFIGS
 
@@ -90,7 +91,7 @@ def test_fake_tensors_need_what_real_ones_need(family: str, name: str) -> None:
     mask = torch.ones_like(ids)
     mask[1, 30:] = 0  # padding, as rows of different lengths have it: without, no mask is made
     meter = Meter([*model.parameters(), *model.buffers(), ids, mask])
-    with meter:
+    with meter, chunked_loss(model):
         model.train()(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
     assert found.activations == pytest.approx(meter.peak, rel=0.02)
 

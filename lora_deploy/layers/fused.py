@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, cast
 
-import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -19,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from lora_deploy.layers.recompute import Origin, origin_of
 from lora_deploy.quantization import DenseWeight, quantized_weight
+from lora_deploy.quantization.bnb import bitsandbytes as bnb
 from lora_deploy.quantization.model import ExactLinear4bit
 
 __all__ = ["fused_lora"]

@@ -1,6 +1,7 @@
 """Training against PEFT on the same NF4 base: time of a step, bytes kept for the backward, peak memory.
 
-    python -m tests.benchmarks.training [--model DIR] [--rounds 3] [--steps 4] [--batch 4] [--length 128] [--rank 16] [--json FILE]
+    python -m tests.benchmarks.training [--model DIR] [--rounds 3] [--steps 4] [--batch 4] [--length 128] [--rank 16]
+                                        [--json FILE]
 
 Each side trains in processes of its own, which take turns. All linear layers are adapted, every token is learned. A
 step is forward, backward and AdamW; the first of a process is not counted. The processor's seconds, over all threads,

@@ -50,9 +50,9 @@ def test_a_pattern_that_could_take_for_ever_is_refused_by_key(
 ) -> None:
     file = place.adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | _fields(key, pattern)))
-    before, began = tree(place.root), time.perf_counter()
+    before, began = tree(place.root), time.process_time()
     ended = place.export()
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     tally("pattern that could take for ever", ended.code == 3 and seconds < 1 and tree(place.root) == before)
     assert_one_message(ended, 3, file, f"{key}: ", "found:", "expected:", "remedy:")
     assert seconds < 1
@@ -63,11 +63,11 @@ def test_a_pattern_that_could_take_for_ever_is_refused_by_key(
 def test_a_pattern_of_many_ways_is_matched_or_given_up_in_a_second(pattern: str) -> None:
     """`re` would take hours for each of them."""
     config = LoraConfig(rank_pattern={pattern: 3})
-    began = time.perf_counter()
+    began = time.process_time()
     for layer in range(20):
         with suppress(ConfigError):
             assert config.rank(LONG.replace("0", str(layer))) == 8
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "target_modules"])

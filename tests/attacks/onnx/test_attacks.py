@@ -179,6 +179,6 @@ def test_the_check_of_a_graph_as_large_as_real_ones_is_quick() -> None:
         model.graph.node.append(helper.make_node("Add", ["x", f"t{number}"], [f"y{number}"]))
     for tensor in model.graph.initializer[:2]:
         tensor.CopyFrom(make.inline(tensor.name, (0,)))
-    begun = time.perf_counter()
+    begun = time.process_time()
     check_graph(model, HERE / "model.onnx")
-    assert time.perf_counter() - begun < 1
+    assert time.process_time() - begun < 1

@@ -74,6 +74,7 @@ _CONFIGS = {"llama": (LlamaConfig, _ROPE_MODEL), "qwen2": (Qwen2Config, _ROPE_MO
 transformers_logging.disable_progress_bar()
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own reads the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With `-n`, a file's tests stay together, and so do those of SmolLM2, whose training they share: these first."""
     if config.pluginmanager.hasplugin("xdist"):

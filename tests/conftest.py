@@ -74,16 +74,6 @@ _CONFIGS = {"llama": (LlamaConfig, _ROPE_MODEL), "qwen2": (Qwen2Config, _ROPE_MO
 transformers_logging.disable_progress_bar()
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own reads the marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `-n`, a file's tests stay together, and so do those of SmolLM2, whose training they share: these first."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            group = "real" if "real" in item.path.parts else item.nodeid.partition("::")[0]
-            item.add_marker(pytest.mark.xdist_group(group))
-        items.sort(key=lambda item: "real" not in item.path.parts)
-
-
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random float32 model of two layers, in evaluation mode. GPT-2 ties its head, the others do not.
 

@@ -1,6 +1,6 @@
 """What the fault suite tried, and what survived: the table in the README.
 
-python -m pytest -n 2 --dist loadgroup tests/faults tests/fuzz tests/attacks -m "slow or not slow" --fault-table FILE
+python -m pytest -n 2 --dist loadfile tests/faults tests/fuzz tests/attacks -m "slow or not slow" --fault-table FILE
 """
 
 from __future__ import annotations

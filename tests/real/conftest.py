@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from filelock import FileLock
 
 from lora_deploy import cli
 from lora_deploy.demo.model import fetch_smollm2
@@ -35,16 +38,27 @@ def run_command(*arguments: object) -> None:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """The base, a trained adapter, and prompts that it was not trained on."""
-    directory = tmp_path_factory.mktemp("real")
+    in_turns = "PYTEST_XDIST_WORKER" in os.environ
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if in_turns else root  # which the workers of `-n` share
+    directory = root / "real"
+    with FileLock(root / "real.lock"):
+        if not (directory / "done").exists():
+            _train(directory, threads=1 if in_turns else 2)
+            (directory / "done").touch()
+    held_out = (directory / "data" / "held_out.jsonl").read_text().splitlines()
+    return Trained(directory / "base", directory / "adapter", [json.loads(row)["prompt"] for row in held_out[:3]])
+
+
+def _train(directory: Path, threads: int) -> None:
     base = fetch_smollm2(directory / "base")
-    data, held_out = write_task(directory / "data")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    data, _ = write_task(directory / "data")
+    own = torch.get_num_threads()
+    torch.set_num_threads(threads)
     options = ("--quantization", "nf4", "--rank", 8, "--alpha", 20, "--max-steps", 12, "--batch-size", 8)
     rest = ("--learning-rate", 2e-3, "--output", directory / "adapter", "--quiet")
     run_command("train", "--model", base, "--data", data, *options, *rest)
-    torch.set_num_threads(threads)
-    return Trained(base, directory / "adapter", [row["prompt"] for row in held_out[:3]])
+    torch.set_num_threads(own)
 
 
 def twin_tokens(model: Any, ids: list[int]) -> list[int]:

@@ -24,7 +24,7 @@ __all__ = ["BITS", "LARGEST_HEADER", "Entry", "read_header"]
 # A header of the largest checkpoints known (a mixture of 384 experts in one file) has some 10 MB.
 LARGEST_HEADER = 1 << 24
 # Of each kind of byte, at most: brackets of 100,000 tensors, quotes and commas of their entries and of metadata.
-_MOST = {b"{": 100_001, b"[": 200_000, b":": 500_000, b",": 1_000_000, b'"': 1_200_000}
+_MOST = {b"{": 100_001, b"[": 200_000, b":": 420_000, b",": 1_000_000, b'"': 1_200_000}
 _LONGEST_SHAPE = 64
 _BIGGEST = (1 << 63) - 1  # torch counts in signed 64-bit numbers, safetensors in unsigned ones
 

@@ -13,6 +13,7 @@ from lora_deploy.cli_recipes import RecipeOption, decide_mode
 from lora_deploy.cli_run import HowWeights
 from lora_deploy.errors import UsageError
 from lora_deploy.inputs import check_inputs
+from lora_deploy.light_imports import light_imports
 from lora_deploy.memory import use_huge_pages
 from lora_deploy.terminal import make_console, print_json, print_report, show_progress
 
@@ -167,7 +168,8 @@ def export(
     console = make_console(quiet, as_json)
     with show_progress(console) as on_progress:
         use_huge_pages()
-        from lora_deploy.export import export_onnx
+        with light_imports():
+            from lora_deploy.export import export_onnx
 
         result = export_onnx(
             model,
@@ -198,11 +200,14 @@ def export(
         print_report(console, result.report)
     if result.graph is not None:
         console.print(f"graph: {result.graph.source} ({result.graph.reason})", soft_wrap=True, markup=False)
+    if result.kept_base:
+        console.print("base: the weights of the export that was replaced, which are the same")
     console.print(f"{result.bytes / 1e6:,.1f} MB in {result.output}", soft_wrap=True, markup=False)
     if as_json:
         report = result.report.model_dump() if result.report else None
         printed = {"output": result.output, "bytes": result.bytes, "parity": report, "warnings": list(result.warnings)}
-        print_json(printed | {"graph": vars(result.graph) if result.graph is not None else None})
+        origin = vars(result.graph) if result.graph is not None else None
+        print_json(printed | {"graph": origin, "kept_base": result.kept_base})
 
 
 def _requantization(
@@ -270,7 +275,8 @@ def verify(
     checked = check_files(directory)
     console = make_console(quiet, as_json)
     with show_progress(console) as on_progress:
-        from lora_deploy.verify import verify as check
+        with light_imports():
+            from lora_deploy.verify import verify as check
 
         report = check(
             directory,

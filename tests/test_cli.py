@@ -98,7 +98,7 @@ def test_json_is_all_of_stdout_and_holds_what_was_made(exporting: list[object], 
     assert ended.code == 0
     printed = json.loads(ended.out)
     output = Path(printed["output"])
-    assert printed.keys() == {"output", "bytes", "parity", "warnings", "graph"}
+    assert printed.keys() == {"output", "bytes", "parity", "warnings", "graph", "kept_base"}
     assert printed["bytes"] == sum(file.stat().st_size for file in output.glob("model*"))
     assert printed["warnings"] == []
     assert printed["graph"] == {"source": "mobius", "reason": "its graph of llama was verified"}

@@ -24,7 +24,7 @@ from lora_deploy.errors import OutputError
 from lora_deploy.integrity import DATA_PATTERN, MODEL_NAME, MOVING, REPORT_NAME, SIDE_FILES, stem_of
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX
 
-__all__ = ["commit", "locked", "staging_directory", "sync", "write_failure"]
+__all__ = ["commit", "link_or_copy", "locked", "staging_directory", "sync", "write_failure"]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # The file system, the kernel or the C library has no exchange, or not between these directories.
@@ -172,12 +172,13 @@ def _carry_over(output: Path, staging: Path) -> None:
                 continue
             target.parent.mkdir(exist_ok=True)
             if path.is_dir() and not path.is_symlink():
-                shutil.copytree(path, target, symlinks=True, copy_function=_link)
+                shutil.copytree(path, target, symlinks=True, copy_function=link_or_copy)
             else:
-                _link(path, target)
+                link_or_copy(path, target)
 
 
-def _link(source: str | Path, target: str | Path) -> None:
+def link_or_copy(source: str | Path, target: str | Path) -> None:
+    """Have a file in another place too: by another link, or as a copy where there are none; raises OSError."""
     try:
         os.link(source, target, follow_symlinks=False)
     except OSError:  # the file system has no hard links

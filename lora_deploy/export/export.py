@@ -13,7 +13,7 @@ import torch
 from lora_deploy.entries import recorded_adapters
 from lora_deploy.errors import UsageError
 from lora_deploy.export.commit import commit, staging_directory
-from lora_deploy.export.merge import MergedParameters
+from lora_deploy.export.merge import MergedParameters, merged_adapter
 from lora_deploy.export.module import Examples, plan_module
 from lora_deploy.export.module_base import ModuleBase
 from lora_deploy.export.options import note_head
@@ -21,11 +21,10 @@ from lora_deploy.export.output import check_output, check_space
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.export.source import SourceChoice
 from lora_deploy.export.ties import note_ties
-from lora_deploy.export.write import OnProgress, calibration_texts, merged_adapter, write_export
+from lora_deploy.export.write import OnProgress, calibration_texts, write_export
 from lora_deploy.integrity import MODEL_NAME, base_key, find_adapters
 from lora_deploy.manifest import BranchKind
 from lora_deploy.places import remember_place
-from lora_deploy.quantization.hashes import combine_hashes
 from lora_deploy.requantize.budget import spend_budget
 from lora_deploy.requantize.options import Requantization
 from lora_deploy.targets import note_operators
@@ -46,6 +45,7 @@ class ExportResult:
         report: The parity report; None where it was not asked for.
         warnings: What the user should know.
         graph: Where the graph came from, and why.
+        kept_base: Whether the base's weights are the file of the export that was replaced.
     """
 
     output: Path
@@ -53,6 +53,7 @@ class ExportResult:
     report: ParityReport | None
     warnings: tuple[str, ...] = ()
     graph: SourceChoice | None = None
+    kept_base: bool = False
 
 
 def export_onnx(
@@ -162,15 +163,15 @@ def export_onnx(
         check_space(staging, plan.expected_bytes * (2 if calibrated else 1))
         if plan.requantization is not None and plan.requantization.budget_bits is not None:
             on_progress("choosing layers", 0, 1)
-            parameters = MergedParameters(plan.base, merged_adapter(plan))
+            parameters = MergedParameters(plan.base, merged_adapter(plan.branch, plan.adapters))
             plan = make_plan(requantization=spend_budget(plan.requantization, parameters, calibration_texts(plan)))
-        code_hashes = write_export(plan, staging, on_progress)
-        warnings = _warnings(plan, combine_hashes(code_hashes))
+        written = write_export(plan, staging, on_progress)
+        warnings = _warnings(plan, written.codes_sha256)
         report = _prove(plan, staging, data, max_kl, on_progress) if verify else None
         commit(staging, plan.output)
     _remember(plan)
     size = sum(file.stat().st_size for file in plan.output.rglob("*.onnx*"))
-    return ExportResult(plan.output, size, report, warnings, plan.graph_source)
+    return ExportResult(plan.output, size, report, warnings, plan.graph_source, written.kept_base)
 
 
 def _remember(plan: ExportPlan) -> None:

@@ -6,7 +6,7 @@ original one: the adapter has learnt to live with the quantization error, and wi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from lora_deploy.adapter import LoraAdapter
 from lora_deploy.adapter.tables import TokenRows, check_copy
 from lora_deploy.errors import InputError
 from lora_deploy.export.ties import table_change
+from lora_deploy.manifest import BranchKind
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.hashes import hash_tensors
 from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.stored_codes import all_finite
 from lora_deploy.task import find_task, is_classification
 
-__all__ = ["MergedParameters", "drop_copies", "hash_adapter", "open_base"]
+__all__ = ["MergedParameters", "drop_copies", "hash_adapter", "merged_adapter", "open_base"]
 
 
 class MergedParameters:
@@ -132,6 +133,19 @@ def open_base(model: str | Path, scheme: QuantizationScheme | None, adapters: It
     task = find_task(None, [adapter.config.task_type for adapter in adapters])
     trained = {name: tuple(values.shape) for adapter in adapters for name, values in adapter.parameters.items()}
     return TrainingBase(model, scheme, task=task if is_classification(task) else None, trained=trained)
+
+
+def merged_adapter(branch: BranchKind | None, adapters: Mapping[str, LoraAdapter]) -> LoraAdapter | None:
+    """What of the adapters is merged into the base: beside a branch, only the parameters that were trained whole.
+
+    Args:
+        branch: How adapters stand in the graph; None where they are merged.
+        adapters: By name.
+    """
+    adapter = next(iter(adapters.values()), None)
+    if branch is None or adapter is None:
+        return adapter
+    return replace(adapter, updates={}) if branch == "fixed" else None
 
 
 def drop_copies(adapter: LoraAdapter, base: TrainingBase) -> LoraAdapter:

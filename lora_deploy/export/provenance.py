@@ -48,7 +48,7 @@ def make_manifest(plan: ExportPlan, hashes: Mapping[str, str]) -> Manifest:
     )
 
 
-def describe_sources(plan: ExportPlan, data_sha256: str) -> dict[str, str]:
+def describe_sources(plan: ExportPlan) -> dict[str, str]:
     """What the model was made of, for `metadata_props`; no times, no paths: the same input gives the same bytes.
 
     A base from the hub has its name there; where a local one lies, `lora_deploy.places` remembers.
@@ -57,7 +57,6 @@ def describe_sources(plan: ExportPlan, data_sha256: str) -> dict[str, str]:
     entries = {
         "lora_deploy.provider": plan.provider,
         "lora_deploy.graph": plan.graph_source.source,
-        "lora_deploy.data_sha256": data_sha256,
         "lora_deploy.versions": json.dumps({name: _version(name) for name in (*sources, "onnx-ir", "torch")}),
     }
     if not Path(plan.model).is_dir():

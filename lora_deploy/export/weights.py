@@ -17,7 +17,7 @@ from lora_deploy.export.pipeline import Job, in_order
 from lora_deploy.export.writer import INLINE_BYTES
 from lora_deploy.quantization.stored_codes import all_finite
 
-__all__ = ["largest_first", "stream_constants", "stream_weights", "table_rows"]
+__all__ = ["large_constants", "largest_first", "stream_constants", "stream_weights", "table_rows"]
 
 
 # A table (embedding, output head) with more values than this is read some rows at a time.
@@ -177,12 +177,22 @@ def largest_first(
     return dict(sorted(sources.items(), key=lambda item: -math.prod(shapes[item[1].segments[0].parameter])))
 
 
-def stream_constants(model: ir.Model) -> Iterator[tuple[str, torch.Tensor]]:
-    """The large constants that the graph brings itself (the tables of rotary embeddings)."""
+def large_constants(model: ir.Model) -> list[str]:
+    """The names of what `stream_constants` gives: what is in no file yet."""
+    found = []
     for name, value in model.graph.initializers.items():
         constant = value.const_value
-        # An external one has been written just now.
-        if constant is None or isinstance(constant, ir.ExternalTensor) or constant.nbytes < INLINE_BYTES:
+        if constant is None or isinstance(constant, ir.ExternalTensor):
             continue
+        if constant.nbytes >= INLINE_BYTES:
+            found.append(name)
+    return found
+
+
+def stream_constants(model: ir.Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """The large constants that the graph brings itself (the tables of rotary embeddings)."""
+    for name in large_constants(model):
+        constant = model.graph.initializers[name].const_value
+        assert constant is not None
         dtype = tensor_adapters.to_torch_dtype(constant.dtype)
         yield name, torch.frombuffer(bytearray(constant.tobytes()), dtype=dtype).reshape(tuple(constant.shape.numpy()))

@@ -14,7 +14,7 @@ from lora_deploy.export.commit import write_failure
 from lora_deploy.export.data_file import DataFile
 from lora_deploy.integrity import MODEL_NAME, SEAL_ENTRY, UNSEALED, seal_bytes
 
-__all__ = ["INLINE_BYTES", "LARGEST_GRAPH", "write_data", "write_model"]
+__all__ = ["INLINE_BYTES", "LARGEST_GRAPH", "data_name", "write_data", "write_model"]
 
 # Page alignment lets onnxruntime map a tensor; smaller ones stay inside model.onnx, where shapes must be.
 _ALIGNMENT = 4096
@@ -27,7 +27,7 @@ def write_data(
     tensors: Iterable[tuple[str, torch.Tensor]],
     directory: Path,
     on_bytes: Callable[[int], None] = lambda count: None,
-) -> str:
+) -> str | None:
     """Write the initializers to a content-named data file and let the graph refer to it.
 
     Args:
@@ -37,7 +37,7 @@ def write_data(
         on_bytes: Is told how many bytes were written, again and again.
 
     Returns:
-        The SHA-256 of the file.
+        The SHA-256 of the file; None where all of them are small, so that there is none.
 
     Raises:
         OutputError: It could not be written.
@@ -58,8 +58,11 @@ def write_data(
                 places[name] = (offset, length + file.write(values, on_bytes))
                 del values  # or it would be in memory still while the next tensor is made
             sha256 = file.finish()
-        final = f"model-{sha256[:12]}.onnx.data"
-        partial.rename(directory / final)
+        final = data_name(sha256)
+        if places:
+            partial.rename(directory / final)
+        else:
+            partial.unlink()
     except OSError as error:
         raise write_failure(directory, error) from error
     for name, parts in inline.items():
@@ -73,7 +76,16 @@ def write_data(
         value.const_value = ir.ExternalTensor(
             final, offset, length, value.dtype, shape=value.shape, name=name, base_dir=directory
         )
-    return sha256
+    return sha256 if places else None
+
+
+def data_name(sha256: str) -> str:
+    """The name of a data file.
+
+    Args:
+        sha256: Of its content.
+    """
+    return f"model-{sha256[:12]}.onnx.data"
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ enum { FLOAT32, FLOAT16, BFLOAT16 };
 /* Factors on the scale at which the largest weight of a block is just representable: those of the torch path. */
 static const float SHRINK4[] = {1.06f, 1.0f, 0.94f, 0.88f, 0.82f, 0.76f, 0.7f};
 static const float SHRINK8[] = {1.0f, 0.95f};
+enum { LARGEST_SHRINK = sizeof SHRINK4 / sizeof *SHRINK4 };
 
 INLINE uint32_t bits_of(float value) {
   uint32_t bits;
@@ -62,19 +63,32 @@ INLINE float step(float value, float scale, float low, float high) {
   return (found + magic) - magic;
 }
 
-/* The weighted square error of a block. The sum is by halves: that of torch's path, in any vector width. */
-INLINE float block_error(const float *values, const float *importance, float scale, float half, int block) {
-  float error[LARGEST_BLOCK];
+/* Add the second half of `count` values to the first; how many there are then. A sum by halves is that of torch's path, in
+ * any vector width. */
+INLINE int add_halves(float *values, int count) {
+  const int kept = (count + 1) / 2;
+  for (int i = 0; i < count - kept; i++) values[i] += values[kept + i];
+  return kept;
+}
+
+INLINE int add_halves_of_all(float (*values)[LARGEST_BLOCK], int count, int last) {
+  for (int i = 0; i < last; i++) add_halves(values[i], count);
+  return add_halves(values[last], count);
+}
+
+/* The weighted square errors of a block, summed up to at most 8; how many there are. */
+INLINE int block_errors(const float *values, const float *importance, float scale, float half, int block, float *error) {
   for (int i = 0; i < block; i++) {
     const float lost = step(values[i], scale, -half, half - 1) * scale - values[i];
     error[i] = lost * lost * importance[i];
   }
-  for (int count = block; count > 1;) {
-    const int kept = (count + 1) / 2;
-    for (int i = 0; i < count - kept; i++) error[i] += error[kept + i];
-    count = kept;
-  }
-  return error[0];
+  int count = block;
+  if (count > 128) count = add_halves(error, count); /* no loop: written out, the compiler knows every count */
+  if (count > 64) count = add_halves(error, count);
+  if (count > 32) count = add_halves(error, count);
+  if (count > 16) count = add_halves(error, count);
+  if (count > 8) count = add_halves(error, count);
+  return count;
 }
 
 /* The first of the largest values. */
@@ -92,19 +106,25 @@ INLINE float largest_of(const float *values, int block) {
   return values[first];
 }
 
-/* Find the best scale of a block; whether its error is finite. */
+/* Find the best scale of a block; whether its error is finite. The sums of all scales end together, for the last steps of
+ * each wait for one another. */
 INLINE int fit_block(const float *values, const float *importance, float *best, int block, int bits, int type) {
   const float half = (float)(1 << (bits - 1)), largest = largest_of(values, block), whole = -largest / half;
   const float *shrink = bits == 4 ? SHRINK4 : SHRINK8, infinity = float_of(0x7f800000);
-  const int count = bits == 4 ? sizeof SHRINK4 / sizeof *SHRINK4 : sizeof SHRINK8 / sizeof *SHRINK8;
-  float least = infinity;
-  *best = 0.0f;
-  for (int i = 0; i <= count; i++) {
-    float scale = i < count ? whole * shrink[i] : float_of(bits_of(largest) & 0x7fffffff) / (half - 1);
-    scale = round_to(scale == 0.0f ? 1.0f : scale, type);
-    const float error = block_error(values, importance, scale, half, block);
-    if (error < least) *best = scale, least = error;
+  const int last = bits == 4 ? sizeof SHRINK4 / sizeof *SHRINK4 : sizeof SHRINK8 / sizeof *SHRINK8;
+  float scale[LARGEST_SHRINK + 1], error[LARGEST_SHRINK + 1][LARGEST_BLOCK], least = infinity;
+  int count = block;
+  for (int i = 0; i <= last; i++) {
+    scale[i] = i < last ? whole * shrink[i] : float_of(bits_of(largest) & 0x7fffffff) / (half - 1);
+    scale[i] = round_to(scale[i] == 0.0f ? 1.0f : scale[i], type);
+    count = block_errors(values, importance, scale[i], half, block, error[i]);
   }
+  if (count > 4) count = add_halves_of_all(error, count, last);
+  if (count > 2) count = add_halves_of_all(error, count, last);
+  if (count > 1) count = add_halves_of_all(error, count, last);
+  *best = 0.0f;
+  for (int i = 0; i <= last; i++)
+    if (error[i][0] < least) *best = scale[i], least = error[i][0];
   return least < infinity;
 }
 
@@ -225,6 +245,13 @@ INLINE void read_values(const void *values, int type, int64_t from, int count, f
   }
 }
 
+/* How many of the 15 bounds a value is beyond. Written out, so that it stays in registers. */
+INLINE int32_t level_of(float value, const float *bound) {
+  return (value > bound[0]) + (value > bound[1]) + (value > bound[2]) + (value > bound[3]) + (value > bound[4]) +
+         (value > bound[5]) + (value > bound[6]) + (value > bound[7]) + (value > bound[8]) + (value > bound[9]) +
+         (value > bound[10]) + (value > bound[11]) + (value > bound[12]) + (value > bound[13]) + (value > bound[14]);
+}
+
 /* Codes of 4 bits as bitsandbytes' kernel for CPUs gives them, for blocks of `block` (even, at most LARGEST_BNB) of a
  * flat weight of `count` values, the high nibble first. `begin` and `end` count blocks. type: of the values, FLOAT32 or
  * BFLOAT16. bounds: the 15 midpoints between the sorted values of the code; order: the nibble of each of these. */
@@ -253,9 +280,7 @@ EXPORT CLONES void lora_deploy_quantize_4bit(const void *values, const float *bo
     absmax[b] = size == block ? found : divisor;
     if (size % 2) own[size] = 0.0f;
     const int even = size + size % 2;
-    for (int i = 0; i < even; i++) level[i] = 0;
-    for (int k = 0; k < 15; k++)
-      for (int i = 0; i < even; i++) level[i] += own[i] > bounds[k];
+    for (int i = 0; i < even; i++) level[i] = level_of(own[i], bounds);
     uint8_t *out = codes + start / 2;
     for (int i = 0; i < even / 2; i++) out[i] = (uint8_t)(order[level[2 * i]] << 4 | order[level[2 * i + 1]]);
   }

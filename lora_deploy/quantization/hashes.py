@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import math
 import threading
@@ -60,13 +61,17 @@ class CheckpointHash:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._future: Future[str] | None = None
+        self._thread: threading.Thread | None = None
+        self._stopped = False
 
     def begin(self) -> None:
         """Hash beside whatever else is done."""
         if self._future is None:
             self._future = Future()
-            # Nobody waits for it where the command ends with an error.
-            threading.Thread(target=self._run, args=(self._future,), daemon=True, name="checkpoint hash").start()
+            # A command that ends with an error does not wait for it.
+            self._thread = threading.Thread(target=self._run, args=(self._future,), daemon=True, name="checkpoint hash")
+            atexit.register(self._stop)
+            self._thread.start()
 
     def result(self) -> str:
         """The hash, when all is read.
@@ -78,6 +83,12 @@ class CheckpointHash:
         assert self._future is not None
         return self._future.result()
 
+    def _stop(self) -> None:
+        """Python ends threads that are still at work in the middle of torch, and with that the process."""
+        self._stopped = True
+        if self._thread is not None:
+            self._thread.join()
+
     def _run(self, future: Future[str]) -> None:
         try:
             digest = TensorHash()
@@ -87,9 +98,13 @@ class CheckpointHash:
                         digest.begin(name, part.dtype, self._checkpoint.shape(name))
                     digest.add(part)
                     del part
+                    if self._stopped:
+                        raise SystemExit
             future.set_result(digest.hexdigest())
         except BaseException as error:
             future.set_exception(error)
+        finally:
+            atexit.unregister(self._stop)
 
     def _parts(self, name: str) -> Iterator[torch.Tensor]:
         """A tensor, or some rows of a large one at a time: what was read is in memory until the part is let go of."""

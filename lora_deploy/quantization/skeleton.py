@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from lora_deploy.task import Task, auto_class
@@ -34,7 +35,7 @@ class LinearLayer:
 
 def make_skeleton(config: PreTrainedConfig, task: Task) -> PreTrainedModel:
     """The model of a configuration on the meta device, its weights tied as they will be."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         model: PreTrainedModel = auto_class(task).from_config(config, trust_remote_code=False)
     model.tie_weights()
     return model

@@ -16,6 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lora_deploy.codes import pair_table
 from lora_deploy.errors import UsageError
+from lora_deploy.external import readable
 from lora_deploy.manifest import CodedWeight, Manifest
 from lora_deploy.run.session import import_onnxruntime, numpy_dtype
 
@@ -99,7 +100,7 @@ class ExpandedWeights:
         codes, scales = (self._initializers[name].const_value for name in (weight.codes, weight.scales))
         assert codes is not None
         assert scales is not None
-        array[...] = _dequantize(codes.numpy(), scales.numpy().astype(np.float32), weight)
+        array[...] = _dequantize(readable(codes).numpy(), readable(scales).numpy().astype(np.float32), weight)
 
     def release(self, session: Any) -> None:
         """Give back the memory of the weights, if the session has made its own copy of every one, as it does on a CPU.

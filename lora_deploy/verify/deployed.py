@@ -27,6 +27,7 @@ from lora_deploy.errors import CheckpointError
 from lora_deploy.export.coded import decode, initializer_shapes
 from lora_deploy.export.merge import MergedParameters
 from lora_deploy.export.ties import changed_tables
+from lora_deploy.external import readable
 from lora_deploy.layers.model import lora_layers
 from lora_deploy.manifest import CodedWeight, Manifest, StoredModule
 from lora_deploy.quantization.base import TrainingBase
@@ -175,7 +176,7 @@ def flat_initializer(model: ir.Model, name: str) -> torch.Tensor:
         raise CheckpointError(
             "the graph lacks a tensor that it says it has", file="model.onnx", tensor=name, remedy="export again"
         )
-    array = tensor.numpy().reshape(-1)
+    array = readable(tensor).numpy().reshape(-1)
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from lora_deploy.external import readable
+
 __all__ = ["write_float32_shadow"]
 
 _BF16, _FP32 = ir.DataType.BFLOAT16, ir.DataType.FLOAT
@@ -21,8 +23,10 @@ def write_float32_shadow(export: Path, directory: Path) -> None:
     """
     model = ir.load(export / "model.onnx")
     for value in model.graph.initializers.values():
-        if value.const_value is not None and value.dtype == _BF16:
-            value.const_value = ir.Tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+        if value.const_value is not None:
+            value.const_value = readable(value.const_value)
+            if value.dtype == _BF16:
+                value.const_value = ir.Tensor(value.const_value.numpy().astype(np.float32), name=value.name)
     for node in model.graph.all_nodes():
         for name, attribute in list(node.attributes.items()):
             if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype == _BF16:

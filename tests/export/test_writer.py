@@ -74,6 +74,7 @@ def test_the_model_says_what_it_was_made_of(tiny_export: ExportFactory) -> None:
     assert {name.removeprefix("lora_deploy.") for name in entries} == {
         "adapters",
         "base_sha256",
+        "codes_sha256",
         "compute_dtype",
         "data_sha256",
         "files",

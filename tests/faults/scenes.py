@@ -25,6 +25,7 @@ _WAYS = {
     "verified": ["--merge"],
     "int4": ["--merge", "--precision", "int4", "--calibration-rows", "0", "--no-verify"],
     "branch": ["--branch", "--no-verify"],
+    "fixed": ["--branch", "--fixed", "--no-verify"],
     "convert": ["--branch", "--no-verify"],
 }
 
@@ -33,8 +34,8 @@ class Scene:
     """A command that replaces an output, as often as it is asked to.
 
     Args:
-        kind: "merge", "verified" (merged), "int4" (merged) or "branch" to export, "convert" to add an adapter to a
-            hot-swap export.
+        kind: "merge", "verified" (merged), "int4" (merged), "branch" (hot-swap) or "fixed" to export, "convert" to
+            add an adapter to a hot-swap export. Over an older branch, the base's file is kept.
         new: Whether nothing is there before.
         base: Of all exports.
         root: An empty directory.

@@ -12,7 +12,7 @@ from tests.faults.scenes import Scene, SceneFactory, assert_one_message_or_none
 from tests.faults.tally import Tally
 
 SCENES = [("merge", True), ("merge", False), ("branch", True), ("branch", False), ("convert", False)]
-SCENES += [("verified", True), ("verified", False), ("int4", True)]
+SCENES += [("verified", True), ("verified", False), ("int4", True), ("fixed", False)]
 BROKEN = {"input/output error": errno.EIO, "read-only or vanished directory": errno.EROFS}
 
 

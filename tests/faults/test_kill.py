@@ -12,7 +12,7 @@ from tests.faults.scenes import Scene, SceneFactory
 from tests.faults.tally import Tally
 
 # Of a first export, of one over an older one, and of an adapter that is added.
-SCENES = [("merge", True), ("merge", False), ("branch", True), ("branch", False), ("convert", False)]
+SCENES = [("merge", True), ("merge", False), ("branch", True), ("branch", False), ("fixed", False), ("convert", False)]
 RANDOM_KILLS = 300
 
 

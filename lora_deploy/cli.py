@@ -86,7 +86,7 @@ def _noting_interrupts() -> Iterator[list[int]]:
 
     def come_again(unraisable: sys.UnraisableHookArgs) -> None:
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            again = threading.Timer(0.05, _thread.interrupt_main)
+            again = threading.Timer(0.05, _interrupt)
             again.daemon = True
             again.start()
         else:
@@ -108,6 +108,14 @@ def _noting_interrupts() -> Iterator[list[int]]:
         if usual:
             sys.unraisablehook = usual_hook
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _interrupt() -> None:
+    """Ctrl-C, from within. A real signal, where there is one, ends a wait of the main thread too."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
 
 
 def _fail(message: str, code: int) -> int:

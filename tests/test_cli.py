@@ -170,6 +170,8 @@ _IN_A_DESTRUCTOR = """
 import signal, sys, time
 from lora_deploy import cli
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+
 class Slow:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)
@@ -186,6 +188,7 @@ _AT_THE_END = """
 import atexit, os, signal
 from lora_deploy import cli
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))  # runs after what is registered later
 cli.app = lambda **options: print("done")
 cli.main()

@@ -224,13 +224,13 @@ def test_a_dora_and_a_bias_of_b_are_carried_over(branch: str | None, setting: st
 def test_a_lost_update_fails_the_gate(
     branch: str | None, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_deploy.export import export
+    from lora_deploy.export import write
 
     monkeypatch.setattr(LoraUpdate, "merge_into", lambda update, values: values)
     if branch is not None:
-        own = export.stream_branches
+        own = write.stream_branches
         monkeypatch.setattr(
-            export, "stream_branches", lambda *given: ((name, values * 0) for name, values in own(*given))
+            write, "stream_branches", lambda *given: ((name, values * 0) for name, values in own(*given))
         )
     with pytest.raises(ParityError, match="does not compute what was trained"):
         export_onnx(

@@ -39,7 +39,7 @@ print([name for name in {_HEAVY} if name in sys.modules])
 """
 
 
-@pytest.mark.parametrize(("graph", "heavy"), [("mobius", False), ("traced", True)])
+@pytest.mark.parametrize(("graph", "heavy"), [("mobius", False), pytest.param("traced", True, marks=pytest.mark.slow)])
 def test_an_export_is_the_same_without_the_compiler(
     graph: str, heavy: bool, checkpoint_dir: CheckpointFactory, adapter_dir: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from lora_deploy.adapter import write_adapter
 from lora_deploy.export import commit, export_onnx
-from lora_deploy.export import export as export_module
+from lora_deploy.export import write as write_module
 from tests.commands import Command, Ended, assert_one_message, tree
 from tests.conftest import random_adapter, tiny_model
 from tests.export.conftest import BranchFactory
@@ -130,7 +130,7 @@ def test_work_that_is_broken_off_while_adapters_are_written_changes_nothing(
     if overwrite:
         assert _branch(place, "--merge").code == 0
     before = tree(place.root)
-    real: Callable[..., Path] = export_module.write_onnx_adapter
+    real: Callable[..., Path] = write_module.write_onnx_adapter
 
     def broken(adapter: Any, manifest: Any, directory: Path, name: str) -> Path:
         if name == "two":
@@ -139,7 +139,7 @@ def test_work_that_is_broken_off_while_adapters_are_written_changes_nothing(
             raise error if code == 130 else OutputError("the adapter could not be written", file=directory)
         return real(adapter, manifest, directory, name)
 
-    monkeypatch.setattr(export_module, "write_onnx_adapter", broken)
+    monkeypatch.setattr(write_module, "write_onnx_adapter", broken)
     more = ["--overwrite"] if overwrite else []
     assert_one_message(_branch(place, "--branch", "--adapter", f"two={place.adapter}", *more), code)
     assert tree(place.root) == before

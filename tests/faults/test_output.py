@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lora_deploy.export import commit, data_file, writer
-from lora_deploy.export import export as export_module
+from lora_deploy.export import write as write_module
 from lora_deploy.verify import deployed
 from lora_deploy.verify.report import ParityReport
 from tests.commands import assert_one_message, tree
@@ -205,7 +205,7 @@ def _interrupted_weights(*arguments: Any) -> Iterator[tuple[str, Any]]:
         yield weight
 
 
-STREAM = export_module.stream_weights
+STREAM = write_module.stream_weights
 
 
 def _interrupt(*arguments: object, **options: object) -> Any:
@@ -213,7 +213,7 @@ def _interrupt(*arguments: object, **options: object) -> Any:
 
 
 INTERRUPTED: dict[str, Callable[[Patch], None]] = {
-    "in the weights": lambda patch: patch.setattr(export_module, "stream_weights", _interrupted_weights),
+    "in the weights": lambda patch: patch.setattr(write_module, "stream_weights", _interrupted_weights),
     "in the check": lambda patch: patch.setattr(deployed, "load_twin", _interrupt),
     "in the report": lambda patch: patch.setattr(ParityReport, "save", _interrupt),
     "in the commit": lambda patch: _break_commit(patch, KeyboardInterrupt()),

@@ -2,7 +2,7 @@
 
 onnx_ir refuses a file of several links in the directory of a model, lest one be a link to something secret. Those of an
 export have them: while the export that gave its base is still there, in a backup made of links, or where a tool has
-put equal files together. Where the values may be, `lora_deploy.graph_check` looks at.
+put equal files together. What leads out of the directory is refused as before.
 """
 
 from __future__ import annotations
@@ -18,16 +18,12 @@ def readable(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     """The same tensor, to be read.
 
     Args:
-        tensor: Of a graph that `read_graph` has held to its own directory.
+        tensor: Of a graph; one whose file is not in the graph's own directory stays what onnx_ir refuses.
     """
     if not isinstance(tensor, ir.ExternalTensor):
         return tensor
-    assert tensor.length is not None or tensor.offset is None
-    return ir.ExternalTensor(
-        os.path.abspath(tensor.path),
-        tensor.offset,
-        tensor.length,
-        tensor.dtype,
-        shape=tensor.shape,
-        name=str(tensor.name),
-    )
+    place = os.path.realpath(tensor.path)
+    if os.path.dirname(place) != os.path.realpath(tensor.base_dir):
+        return tensor
+    name = str(tensor.name)
+    return ir.ExternalTensor(place, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name)

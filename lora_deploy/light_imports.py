@@ -31,11 +31,13 @@ def light_imports() -> Iterator[None]:
     transformers then takes it, as long as the process lives, that there is no torch.distributed. Where it has been
     imported before, nothing is changed.
     """
+    if any(name in sys.modules for name in ("transformers", _COMPILER)):
+        yield
+        return
     collecting = gc.isenabled()
     gc.disable()
     try:
-        if not any(name in sys.modules for name in ("transformers", _COMPILER)):
-            _import_transformers()
+        _import_transformers()
         yield
     finally:
         gc.freeze()  # modules stay: no collection need look at them

@@ -179,7 +179,7 @@ class Slow:
 
 def work(**options):
     Slow()
-    time.sleep(20)
+    time.sleep(600)  # the signal must end this, too
 
 cli.app = work
 cli.main()
@@ -201,5 +201,5 @@ cli.main()
     ids=["in a destructor", "while the interpreter ends"],
 )
 def test_ctrl_c_where_python_would_print_it_and_go_on(code: str, ended: tuple[int, str, str]) -> None:
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout, run.stderr) == ended

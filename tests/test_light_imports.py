@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -99,7 +100,7 @@ print(first is torch._dynamo, torch._dynamo is sys.modules["torch._dynamo"], len
 def test_what_was_imported_before_stays_as_it_is() -> None:
     import transformers.utils
 
-    before = transformers.utils.is_torch_distributed_available()
+    before = transformers.utils.is_torch_distributed_available(), gc.isenabled(), gc.get_freeze_count()
     with light_imports():
-        pass
-    assert transformers.utils.is_torch_distributed_available() == before
+        assert gc.isenabled() == before[1]
+    assert (transformers.utils.is_torch_distributed_available(), gc.isenabled(), gc.get_freeze_count()) == before

@@ -104,7 +104,8 @@ class CheckpointHash:
         except BaseException as error:
             future.set_exception(error)
         finally:
-            atexit.unregister(self._stop)
+            if not self._stopped:
+                atexit.unregister(self._stop)
 
     def _parts(self, name: str) -> Iterator[torch.Tensor]:
         """A tensor, or some rows of a large one at a time: what was read is in memory until the part is let go of."""

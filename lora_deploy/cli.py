@@ -9,11 +9,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -49,14 +49,19 @@ def _root() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 
-def main() -> None:
+def main(command: str | None = None, arguments: Sequence[str] | None = None, name: str = "lora-deploy") -> None:
     """Run the command line and end the process with the exit code of the design.
+
+    Args:
+        command: Run this command alone, for a program of another name that has it as its own; None for all of them.
+        arguments: What it is given; None for the process's own.
+        name: What the user called.
 
     0 done; 1 a bug of ours; 2 usage; 3 bad or mismatched input; 4 parity failed; 5 could not write; 130 interrupted.
     """
     with _noting_interrupts() as interrupts:
         try:
-            code = app(standalone_mode=False) or 0
+            code = _runner(command)(args=arguments, prog_name=name, standalone_mode=False) or 0
             if code == 130:  # typer's own answer to Ctrl-C, which says nothing
                 _fail("interrupted", code)
         except (typer.Abort, KeyboardInterrupt):
@@ -72,6 +77,14 @@ def main() -> None:
             else:
                 raise
     sys.exit(code)
+
+
+def _runner(command: str | None) -> Callable[..., Any]:
+    """The command line, or one command of it by itself."""
+    if command is None:
+        return app
+    _root()
+    return cast("Callable[..., Any]", typer.main.get_command(app).commands[command])  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +32,7 @@ from lora_deploy.train.checkpoints import (
 from lora_deploy.train.interrupt import Interruption, StopCallback
 from lora_deploy.train.options import TrainOptions, TrainResult
 from lora_deploy.train.progress import LOG_NAME, PLOT_NAME, LogCallback, ProgressCallback, draw_loss, quiet_libraries
+from lora_deploy.versions import installed_versions
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -200,7 +199,7 @@ def _load_model(
         base_sha256=base.sha256() if args.should_save else "",  # reads the whole checkpoint: only where it is written
         codes_sha256=None if base.scheme.method == "none" else hash_codes(model),
         data=str(options.data),
-        versions=_versions(),
+        versions=installed_versions("lora-deploy", "torch", "transformers", "accelerate", "bitsandbytes"),
     )
     torch.manual_seed(options.seed)
     get_lora_model(model, options.lora_config())
@@ -212,16 +211,6 @@ def _load_model(
         else:  # what older transformers call it
             model.gradient_checkpointing_enable(kwargs)  # type: ignore[no-untyped-call]
     return model, record
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("lora-deploy", "torch", "transformers", "accelerate", "bitsandbytes"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            warnings.warn(f"{package} is not installed as a package", stacklevel=2)
-    return found
 
 
 def _train(job: _Job, console: Console) -> TrainResult:

@@ -1,0 +1,139 @@
+"""A callback of transformers' Trainer, and so of TRL's: what it trained is exported and verified at its end."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+from lora_deploy.errors import LoraDeployError, UsageError
+from lora_deploy.integrations.trained import save_trained, write_adapter_of
+from lora_deploy.terminal import make_console, print_report, show_progress
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from lora_deploy.adapter import TrainingRecord
+    from lora_deploy.export import ExportResult
+
+__all__ = ["ExportCallback"]
+
+_NOT_OF_A_PLAN = ("merge", "verify", "data", "max_kl")
+
+
+class ExportCallback(TrainerCallback):
+    """Exports the adapter when the training ends, and proves that the export computes what was trained.
+
+    Before the first step everything is checked that can be: that the checkpoint is what the model in memory holds, that
+    the adapter can be exported this way, that the output may be written. The adapter is written first, to `adapter`,
+    and stays there whatever becomes of the export.
+
+    Args:
+        output: Directory to export to.
+        adapter: Directory for the adapter; None for `adapter` in the Trainer's `output_dir`.
+        base: The checkpoint that the base was loaded from; None for what the model says.
+        quiet: Show neither progress nor the report.
+        **options: As `export_onnx` takes them: merge, branch, precision, overwrite, ...
+
+    Attributes:
+        result: What was exported; None before the training's end, and in other processes than the first.
+
+    Raises:
+        UsageError, InputError, OutputError: Before the training, as `export_onnx`; or the parameters are spread over
+            several processes (FSDP, DeepSpeed ZeRO-3).
+        ParityError: After the training: the export does not compute what was trained, and is not there.
+    """
+
+    def __init__(
+        self,
+        output: str | Path,
+        *,
+        adapter: str | Path | None = None,
+        base: str | Path | None = None,
+        quiet: bool = False,
+        **options: Any,
+    ) -> None:
+        from lora_deploy.export import export_onnx
+
+        taken = set(inspect.signature(export_onnx).parameters) - {"model", "adapter", "output", "on_progress"}
+        unknown = sorted(set(options) - (taken - {"example_inputs", "dynamic_axes"}))
+        if unknown:
+            raise TypeError(f"ExportCallback got unexpected options: {', '.join(unknown)}")
+        self.output = Path(output)
+        self.result: ExportResult | None = None
+        self._adapter = None if adapter is None else Path(adapter)
+        self._base = base
+        self._options = options
+        self._quiet = quiet
+        self._record: TrainingRecord | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **others: Any,
+    ) -> None:
+        """Check all that can be checked, with the adapter as it is now."""
+        assert model is not None
+        if any(getattr(args, name, None) for name in ("fsdp", "deepspeed")):
+            raise UsageError(
+                "the parameters of this training are spread over processes, so that no process can export them",
+                found="fsdp or deepspeed",
+                remedy="leave ExportCallback out, and export the saved adapter: lora-deploy export --adapter DIR",
+            )
+        if not state.is_world_process_zero:
+            return
+        from lora_deploy.export.plan import plan_export
+
+        options = {name: value for name, value in self._options.items() if name not in _NOT_OF_A_PLAN}
+        if self._options.get("merge", True):
+            options["branch"] = None
+        else:
+            options["branch"] = self._options.get("branch") or "hot-swap"
+        with tempfile.TemporaryDirectory(prefix="lora-deploy-") as scratch:
+            self._record = save_trained(model, scratch, self._base)
+            plan_export(self._record.base_model, {"adapter": scratch}, self.output, **options)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **others: Any,
+    ) -> None:
+        """Write the adapter, export it, prove the export."""
+        if not state.is_world_process_zero:
+            return
+        from lora_deploy.export import export_onnx
+
+        assert model is not None
+        assert self._record is not None
+        directory = self._adapter or Path(str(args.output_dir)) / "adapter"
+        directory.mkdir(parents=True, exist_ok=True)
+        write_adapter_of(model, directory)
+        self._record.save(directory)
+        console = make_console(self._quiet)
+        try:
+            with show_progress(console) as on_progress:
+                self.result = export_onnx(
+                    self._record.base_model,
+                    {directory.name: directory},
+                    output=self.output,
+                    on_progress=on_progress,
+                    **self._options,
+                )
+        except LoraDeployError as error:
+            error.details["adapter"] = f"{directory}, which is whole"
+            raise
+        for warning in self.result.warnings:
+            console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
+        if self.result.report is not None:
+            print_report(console, self.result.report)
+        console.print(f"{self.result.bytes / 1e6:,.1f} MB in {self.result.output}", soft_wrap=True, markup=False)

@@ -24,6 +24,7 @@ from lora_deploy.cli_models import models
 from lora_deploy.cli_plan import plan
 from lora_deploy.cli_recipes import recipes_app
 from lora_deploy.cli_run import run
+from lora_deploy.cli_serve import serve
 from lora_deploy.errors import LoraDeployError
 from lora_deploy.inputs import check_inputs
 from lora_deploy.terminal import make_console, print_json, show_progress
@@ -219,6 +220,7 @@ app.command()(export)
 app.command()(verify)
 app.command()(run)
 app.command()(bench)
+app.command()(serve)
 app.command()(models)
 
 

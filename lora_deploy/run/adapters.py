@@ -32,7 +32,9 @@ class Adapters:
         manifest = session.manifest
         self._kind = manifest.branch if manifest is not None else None
         self._pool = list(manifest.pool) if manifest is not None else []
+        self._directory = directory
         self._files = find_adapters(directory) if self._kind == "hot-swap" else {}
+        self._stamps: dict[str, tuple[int, ...]] = {}
         self._read: dict[str, Tensors] = {}
         self._uploaded: dict[str, dict[str, Any]] = {}
 
@@ -59,10 +61,22 @@ class Adapters:
             raise self._fixed(str(file))
         file = Path(file)
         name = name or file.name.removesuffix(ADAPTER_SUFFIX)
+        self._stamps[name] = _stamp(file)
         self._read[name] = read_onnx_adapter(file, self._manifest)
         self._uploaded.pop(name, None)
         self._files[name] = file
         return name
+
+    def refresh(self) -> None:
+        """Look again at the directory: what was converted since is there, what was replaced is read again."""
+        if self._kind != "hot-swap":
+            return
+        elsewhere = {name: file for name, file in self._files.items() if file.parent.parent != self._directory}
+        self._files = {**elsewhere, **find_adapters(self._directory)}
+        for name in list(self._read):
+            if self._files.get(name) is None or self._stamps.get(name) != _stamp(self._files[name]):
+                del self._read[name]
+                self._uploaded.pop(name, None)
 
     def inputs(self, adapter: str | Mapping[str, float] | None) -> Mapping[str, Any]:
         """What a run is given for an adapter, a blend of several, or None.
@@ -121,6 +135,7 @@ class Adapters:
         if name not in self._files:
             raise self._unknown(name)
         if name not in self._read:
+            self._stamps[name] = _stamp(self._files[name])
             self._read[name] = read_onnx_adapter(self._files[name], self._manifest)
         return self._read[name]
 
@@ -149,6 +164,15 @@ class Adapters:
             expected=f"nothing: what it was exported with {how}",
             remedy="export with --branch to be able to choose",
         )
+
+
+def _stamp(file: Path) -> tuple[int, ...]:
+    """Changes when a file is replaced; empty where there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def blend_adapters(adapters: Mapping[str, Tensors], weights: Mapping[str, float], manifest: Manifest) -> Tensors:

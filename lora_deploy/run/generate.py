@@ -17,12 +17,13 @@ from lora_deploy.errors import UsageError
 from lora_deploy.inputs.json_files import read_json
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.classify import exported_task
+from lora_deploy.run.pieces import Pieces
 from lora_deploy.run.sampling import Sampling
 from lora_deploy.run.session import OnnxSession, Weights, numpy_of
 from lora_deploy.task import is_classification
 from lora_deploy.tokenizer import load_tokenizer
 
-__all__ = ["OnnxModel"]
+__all__ = ["OnnxModel", "pad_left"]
 
 _ROOM = 2048  # new tokens that a cache has room for from the beginning; a longer answer is copied at every step
 
@@ -120,17 +121,29 @@ class OnnxModel:
             raise UsageError("a system message needs a chat template", remedy="leave --system out")
         if chat_template and self.tokenizer.chat_template:
             messages = [{"role": "system", "content": system}] if system is not None else []
-            messages.append({"role": "user", "content": prompt})
-            try:
-                encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-            except TemplateError as error:
-                raise UsageError(
-                    "the model's chat template refuses the messages",
-                    found=str(error),
-                    remedy="leave --system out, or add --no-chat-template",
-                ) from error
-            return list(encoded["input_ids"])
+            return self.encode_chat([*messages, {"role": "user", "content": prompt}])
         return list(self.tokenizer(prompt)["input_ids"])
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Turn a conversation into tokens, up to where the answer begins.
+
+        Args:
+            messages: Each with `role` and `content`.
+
+        Raises:
+            UsageError: The model has no chat template, or its template refuses the messages.
+        """
+        if not self.tokenizer.chat_template:
+            raise UsageError("the model has no chat template", remedy="give a plain prompt")
+        try:
+            encoded = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        except TemplateError as error:
+            raise UsageError(
+                "the model's chat template refuses the messages",
+                found=str(error),
+                remedy="leave --system out, or add --no-chat-template",
+            ) from error
+        return list(encoded["input_ids"])
 
     def generate_tokens(
         self,
@@ -220,7 +233,7 @@ class OnnxModel:
                 return
         self.tokens_per_second = None
         random = np.random.default_rng(settings.seed)
-        new, mask = _pad_left(rows, longest)
+        new, mask = pad_left(rows, longest)
         alive = np.ones(len(rows), bool)
         cache = self.session.empty_cache(len(rows), room=longest + min(int(limits.max()), _ROOM))
         started, decoded = 0.0, 0
@@ -256,25 +269,20 @@ class OnnxModel:
         self, prompt: str, *, chat_template: bool = True, system: str | None = None, **options: Any
     ) -> Iterator[str]:
         """Generate text in pieces, as soon as each is complete. Options as `generate_tokens`."""
-        tokens: list[int] = []
-        shown = ""
+        pieces = Pieces(self.tokenizer)
         for token in self.generate_tokens(self.encode(prompt, chat_template=chat_template, system=system), **options):
-            tokens.append(token)
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            # A character of several tokens decodes to the replacement character until the last one is there.
-            if text != shown and not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
-        if tokens and (rest := self.tokenizer.decode(tokens, skip_special_tokens=True)) != shown:
-            yield rest[len(shown) :]
+            if piece := pieces.add(token):
+                yield piece
+        if rest := pieces.rest():
+            yield rest
 
     def generate(self, prompt: str, **options: Any) -> str:
         """Generate the whole answer. Options as `stream` and `generate_tokens`."""
         return "".join(self.stream(prompt, **options))
 
 
-def _pad_left(rows: list[list[int]], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Tokens and attention mask, (batch, length)."""
+def pad_left(rows: Sequence[list[int]], length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens and attention mask of rows that end together, (batch, length)."""
     ids, mask = np.zeros((len(rows), length), np.int64), np.zeros((len(rows), length), np.int64)
     for number, row in enumerate(rows):
         ids[number, length - len(row) :], mask[number, length - len(row) :] = row, 1

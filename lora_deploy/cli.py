@@ -22,6 +22,7 @@ from lora_deploy.cli_bench import bench
 from lora_deploy.cli_export import export, verify
 from lora_deploy.cli_models import models
 from lora_deploy.cli_plan import plan
+from lora_deploy.cli_push import PushOption, push, show_pushed
 from lora_deploy.cli_recipes import recipes_app
 from lora_deploy.cli_run import run
 from lora_deploy.cli_serve import serve
@@ -183,6 +184,7 @@ def train(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run in the output.")] = False,
+    push_to_hub: PushOption = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -192,7 +194,7 @@ def train(
     from lora_deploy.config import LoraConfig
     from lora_deploy.train import TrainOptions, train_adapter
 
-    for name in ("context", "quiet", "as_json", "lora_config"):
+    for name in ("context", "quiet", "as_json", "lora_config", "push_to_hub"):
         del values[name]
     values["double_quant"] = not values.pop("no_double_quant")
     values["chat_template"] = not values.pop("no_chat_template")
@@ -207,6 +209,10 @@ def train(
     result = train_adapter(TrainOptions(**values), console=console)
     if not result.main_process:
         return
+    if push_to_hub is not None:
+        from lora_deploy.hub import push_to_hub as send
+
+        show_pushed(console, send(output, push_to_hub))
     if as_json:
         print_json(result.model_dump(mode="json"))
         return
@@ -221,6 +227,7 @@ app.command()(verify)
 app.command()(run)
 app.command()(bench)
 app.command()(serve)
+app.command()(push)
 app.command()(models)
 
 

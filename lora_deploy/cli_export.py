@@ -9,6 +9,7 @@ import typer
 
 from lora_deploy.cli_adapter import Json, Quiet
 from lora_deploy.cli_compare import export_comparison
+from lora_deploy.cli_push import PushOption, show_pushed
 from lora_deploy.cli_recipes import RecipeOption, decide_mode
 from lora_deploy.cli_run import HowWeights
 from lora_deploy.errors import UsageError
@@ -130,6 +131,7 @@ def export(
     ] = False,
     compare_on: CompareOn = None,
     max_kl: MaxKl = None,
+    push_to_hub: PushOption = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -151,6 +153,10 @@ def export(
         )
     if no_verify and (compare_on is not None or max_kl is not None):
         raise UsageError("--compare-on and --max-kl are of the check", found="--no-verify", remedy="leave one out")
+    if no_verify and push_to_hub is not None:
+        raise UsageError(
+            "what was not checked is not pushed", found="--no-verify --push-to-hub", remedy="leave one out"
+        )
     if fixed and pool:
         raise UsageError("a branch is fixed or pooled", found="--fixed --pool", remedy="leave one out")
     requantization = None
@@ -203,6 +209,10 @@ def export(
     if result.kept_base:
         console.print("base: the weights of the export that was replaced, which are the same")
     console.print(f"{result.bytes / 1e6:,.1f} MB in {result.output}", soft_wrap=True, markup=False)
+    if push_to_hub is not None:
+        from lora_deploy.hub import push_to_hub as send
+
+        show_pushed(console, send(output, push_to_hub))
     if as_json:
         report = result.report.model_dump() if result.report else None
         printed = {"output": result.output, "bytes": result.bytes, "parity": report, "warnings": list(result.warnings)}

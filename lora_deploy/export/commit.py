@@ -168,7 +168,7 @@ def _carry_over(output: Path, staging: Path) -> None:
     for place in (output, adapters) if adapters.is_dir() else (output,):
         for path in place.iterdir():
             target = staging / path.relative_to(output)
-            if path == adapters or _is_of_export(path.relative_to(output)) or os.path.lexists(target):
+            if path == adapters or is_of_export(path.relative_to(output)) or os.path.lexists(target):
                 continue
             target.parent.mkdir(exist_ok=True)
             if path.is_dir() and not path.is_symlink():
@@ -185,7 +185,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _is_of_export(name: Path) -> bool:
+def is_of_export(name: Path) -> bool:
     if name.parent != Path():
         return name.name.endswith((ADAPTER_SUFFIX, f"{ADAPTER_SUFFIX}.partial"))
     return name.suffix == ".onnx" or name.match(DATA_PATTERN) or str(name) in (REPORT_NAME, *SIDE_FILES)
@@ -233,7 +233,7 @@ def _remove_older(output: Path, files: list[Path], staging: Path) -> None:
     with suppress(OSError):
         for path in [*output.iterdir(), *(output / ADAPTER_DIRECTORY).glob("*")]:
             name = path.relative_to(output)
-            if path.is_file() and _is_of_export(name) and str(name) not in kept:
+            if path.is_file() and is_of_export(name) and str(name) not in kept:
                 path.unlink()
     _remove_empty([output / ADAPTER_DIRECTORY])
 

@@ -131,6 +131,9 @@ def export(
     ] = False,
     compare_on: CompareOn = None,
     max_kl: MaxKl = None,
+    layout: Annotated[
+        str, typer.Option(help="plain; triton: a model of an NVIDIA Triton repository, OUT/config.pbtxt and OUT/1.")
+    ] = "plain",
     push_to_hub: PushOption = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -170,6 +173,9 @@ def export(
             remedy="add them, or leave these out",
         )
     adapters = _named(adapter or [])
+    if layout not in ("plain", "triton"):
+        raise UsageError("there is no such layout", found=layout, expected="plain or triton")
+    output = output / "1" if layout == "triton" else output  # the version that Triton looks for
     check_inputs(model, adapters.values())
     console = make_console(quiet, as_json)
     with show_progress(console) as on_progress:
@@ -200,6 +206,10 @@ def export(
             max_kl=max_kl,
             on_progress=on_progress,
         )
+    if layout == "triton":
+        from lora_deploy.export.triton import write_triton_config
+
+        write_triton_config(result.output, gpu=provider == "cuda")
     for warning in result.warnings:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False)
     if result.report is not None:

@@ -33,7 +33,7 @@ NAMES = [
 ]
 # What says where and from what, not what is made.
 NOT_IN_RECIPES = {"model", "output", "adapter", "recipe", "overwrite", "no_verify", "quiet", "as_json"}
-NOT_IN_RECIPES |= {"compare", "compare_on", "max_kl", "push_to_hub"}
+NOT_IN_RECIPES |= {"compare", "compare_on", "max_kl", "push_to_hub", "layout"}
 MODES = {"merge", "branch", "fixed", "pool"}
 
 OWN = "name: own\ndescription: Mine.\nwhen: always\n"

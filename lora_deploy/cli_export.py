@@ -12,7 +12,7 @@ from lora_deploy.cli_compare import export_comparison
 from lora_deploy.cli_push import PushOption, show_pushed
 from lora_deploy.cli_recipes import RecipeOption, decide_mode
 from lora_deploy.cli_run import HowWeights
-from lora_deploy.errors import UsageError
+from lora_deploy.errors import OutputError, UsageError
 from lora_deploy.inputs import check_inputs
 from lora_deploy.light_imports import light_imports
 from lora_deploy.memory import use_huge_pages
@@ -175,7 +175,12 @@ def export(
     adapters = _named(adapter or [])
     if layout not in ("plain", "triton"):
         raise UsageError("there is no such layout", found=layout, expected="plain or triton")
-    output = output / "1" if layout == "triton" else output  # the version that Triton looks for
+    if layout == "triton":
+        if (output / "config.pbtxt").exists() and not overwrite:
+            raise OutputError(
+                "the model's configuration is there", file=output / "config.pbtxt", remedy="move it, or add --overwrite"
+            )
+        output = output / "1"  # the version that Triton looks for
     check_inputs(model, adapters.values())
     console = make_console(quiet, as_json)
     with show_progress(console) as on_progress:

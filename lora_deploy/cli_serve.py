@@ -45,7 +45,7 @@ def serve(
     app = create_app(model, name=name, api_key=api_key, max_batch=max_batch, max_waiting=max_waiting)
     level = os.environ.get("LORA_DEPLOY_LOG_LEVEL", "info")
     try:
-        uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level=level)).run()
+        uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level=level, timeout_graceful_shutdown=5)).run()
     except SystemExit as ended:  # uvicorn has said why: the port is taken, or the host is none
         raise UsageError(
             "the server could not start", found=f"{host}:{port}", remedy="choose another --host or --port"

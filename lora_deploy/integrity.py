@@ -31,6 +31,7 @@ __all__ = [
     "base_key",
     "check_files",
     "converted_later",
+    "export_files",
     "find_adapters",
     "hash_file",
     "seal_bytes",
@@ -171,6 +172,18 @@ def find_adapters(directory: Path) -> dict[str, Path]:
     files = sorted((directory / ADAPTER_DIRECTORY).glob(f"*{ADAPTER_SUFFIX}"))
     files = [file for file in files if file.is_file() and not file.name.startswith(".")]
     return {file.name.removesuffix(ADAPTER_SUFFIX): file for file in files}
+
+
+def export_files(directory: Path, entries: Mapping[str, str]) -> list[Path]:
+    """The files of an export: those that its graph records, the graph, the report, and the adapters, later ones too.
+
+    Args:
+        directory: The export.
+        entries: The graph's `metadata_props`.
+    """
+    names = {MODEL_NAME, REPORT_NAME, *recorded_files(entries, directory / MODEL_NAME)}
+    found = {directory / name for name in names if (directory / name).is_file()}
+    return sorted(found | set(find_adapters(directory).values()))
 
 
 def converted_later(directory: Path, entries: Mapping[str, str]) -> set[str]:

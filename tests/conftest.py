@@ -34,6 +34,7 @@ from tests.faults.tally import pytest_addoption, pytest_sessionfinish, pytest_te
 
 __all__ = [
     "pytest_addoption",
+    "pytest_collection_modifyitems",
     "pytest_sessionfinish",
     "pytest_testnodedown",
     "tally",
@@ -72,6 +73,18 @@ _GPT2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _CONFIGS = {"llama": (LlamaConfig, _ROPE_MODEL), "qwen2": (Qwen2Config, _ROPE_MODEL), "gpt2": (GPT2Config, _GPT2)}
 
 transformers_logging.disable_progress_bar()
+
+# Minutes each, of one process; the others are files of seconds.
+_LONGEST = ("tests/real/", "tests/test_families.py", "tests/faults/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that two processes end together."""
+
+    def rank(item: pytest.Item) -> int:
+        return next((place for place, part in enumerate(_LONGEST) if item.nodeid.startswith(part)), len(_LONGEST))
+
+    items.sort(key=rank)
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:

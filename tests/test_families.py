@@ -30,8 +30,8 @@ __all__ = ["command"]  # a fixture
 TinyFactory = Callable[..., Tiny]
 
 VARIANTS = [(name, variant) for name, family in FAMILIES.items() for variant in family.variants]
-# A trace takes some eight seconds: of the variants that need one, each kind of model has one here, the others are slow.
-TRACED_EARLY = {("llama", "mlp_bias"), ("falcon", "alibi"), ("falcon", "new decoder"), ("opt", "norm after")}
+# A trace takes some eight seconds: of the variants that need one these are run always, the others are slow.
+TRACED_EARLY = {("llama", "mlp_bias"), ("falcon", "alibi")}
 REFUSED = {("llama", "dynamic rope")}
 
 
@@ -97,7 +97,10 @@ def test_traced_graphs_are_right_for_every_family(name: str, tiny: TinyFactory) 
     _assert_right(measured)
 
 
-@pytest.mark.parametrize(("name", "graph"), [("opt", "traced"), ("gemma2", "mobius"), ("mistral", "mobius")])
+@pytest.mark.parametrize(
+    ("name", "graph"),
+    [pytest.param("opt", "traced", marks=pytest.mark.slow), ("gemma2", "mobius"), ("mistral", "mobius")],
+)
 def test_half_precision_passes_the_gate(name: str, graph: str, tiny: TinyFactory) -> None:
     """The gate of fp16 runs inside the export and would raise."""
     measured = tiny(name).measure("merge", "nf4", graph=graph, precision="fp16", verify=True)
@@ -195,7 +198,7 @@ def test_the_shipped_table_names_every_variant_that_is_traced_or_refused() -> No
         assert row.traced == tuple(one for one in others if one not in refused)
 
 
-@pytest.mark.parametrize(("mode", "method"), [("fixed", "int8"), ("pooled", "fp4")])
+@pytest.mark.parametrize(("mode", "method"), [pytest.param("fixed", "int8", marks=pytest.mark.slow), ("pooled", "fp4")])
 @pytest.mark.parametrize("task", ["sequence-classification", "token-classification"])
 def test_classifiers_hold_on_the_bases_that_their_own_tests_leave_out(
     task: ClassifierTask, mode: str, method: str, tmp_path: Path
@@ -236,6 +239,7 @@ def test_traced_and_mobius_graphs_have_the_same_inputs_and_outputs(tiny: TinyFac
     assert names[0][0][:3] == ["input_ids", "attention_mask", "position_ids"]
 
 
+@pytest.mark.slow
 def test_the_same_model_is_traced_to_the_same_bytes() -> None:
     config = FAMILIES["opt"].config(num_hidden_layers=2)
     skeleton = make_skeleton(config, "causal-lm")

@@ -71,7 +71,12 @@ def export_card(
         "",
         "## Run it",
         "",
-        *_run_export(repo_id, manifest, list(adapters), sorted(find_adapters(directory))),
+        *_run_export(
+            repo_id,
+            manifest,
+            list(adapters),
+            sorted({case.adapter for case in report.cases} & set(find_adapters(directory))),
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -91,7 +96,7 @@ def adapter_card(directory: Path, repo_id: str, *, base_model: str | None, licen
     base = base_model or "the base"
     command = f"lora-deploy export --model {base_model or 'BASE'} --adapter adapter --merge --output deployed"
     if record is None:
-        command += " --quantization nf4  # what the base was in training"
+        command += " --quantization WHAT_THE_BASE_WAS"
     trained = _trained_on(record.quantization.model_dump_json()) if record is not None else ""
     lines = [
         *_head(data, repo_id),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,20 +13,29 @@ from lora_deploy.adapter import TrainingRecord, read_adapter
 from lora_deploy.adapter.files import WEIGHTS_NAME
 from lora_deploy.adapter.record import RECORD_NAME
 from lora_deploy.config import CONFIG_NAME
-from lora_deploy.errors import InputError, OutputError, ParityError, UsageError
+from lora_deploy.errors import OutputError, ParityError, UsageError
 from lora_deploy.export.commit import is_of_export
 from lora_deploy.hub.card import MARK, adapter_card, export_card
 from lora_deploy.inputs.json_files import read_json
-from lora_deploy.integrity import MODEL_NAME, REPORT_NAME, base_key, check_files
+from lora_deploy.integrity import (
+    MODEL_NAME,
+    REPORT_NAME,
+    base_key,
+    check_files,
+    converted_later,
+    export_files,
+    find_adapters,
+)
 from lora_deploy.places import find_place
 from lora_deploy.verify.report import ParityReport
 
 if TYPE_CHECKING:
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
 __all__ = ["Pushed", "push_to_hub"]
 
 CARD_NAME = "README.md"
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -77,19 +88,24 @@ def push_to_hub(
         entries = check_files(directory)
         report = _passed_report(directory)
         known = entries.get("lora_deploy.base_model")
-        base = base_model or known or _hub_id(find_place(base_key(entries)))
+        base = base_model or known or _hub_id(find_place(base_key(entries)), api)
         terms = license or _license_of(find_place(base_key(entries)), base, api)
+        unproved = converted_later(directory, entries) - {case.adapter for case in report.cases}
+        warnings = [
+            f"the adapter {name} was converted after the check and is left out: run lora-deploy verify first"
+            for name in sorted(unproved)
+        ]
+        left_out = {path for name, path in find_adapters(directory).items() if name in unproved}
         files: dict[str, Path | bytes] = {
-            str(path.relative_to(directory)): path
-            for path in sorted(directory.rglob("*"))
-            if path.is_file() and is_of_export(path.relative_to(directory))
+            str(path.relative_to(directory)): path for path in export_files(directory, entries) if path not in left_out
         }
         card = export_card(directory, repo_id, entries, report, base_model=base, license=terms)
     elif (directory / CONFIG_NAME).is_file():
         read_adapter(directory, lazy=True)  # every tensor is looked at
         place = _base_of_adapter(directory)
-        base = base_model or _hub_id(place)
+        base = base_model or _hub_id(place, api)
         terms = license or _license_of(Path(place) if place else None, base, api)
+        warnings = []
         files = _adapter_files(directory, base)
         card = adapter_card(directory, repo_id, base_model=base, license=terms)
     else:
@@ -98,7 +114,7 @@ def push_to_hub(
             found=directory,
             expected=f"a directory with {MODEL_NAME}, or with {CONFIG_NAME}",
         )
-    warnings = [] if base else ["the base has no name on the hub that is known: name it with --base-model"]
+    warnings += [] if base else ["the base has no name on the hub that is known: name it with --base-model"]
     warnings += [] if terms else ["the base's licence is not known: name it with --license"]
     return _commit(api, repo_id, files, card, private, warnings)
 
@@ -144,16 +160,20 @@ def _dump(values: Any) -> bytes:
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _hub_id(place: str | Path | None) -> str | None:
-    """The hub's name of a base: as it was given, or as the hub's own cache has it."""
+def _hub_id(place: str | Path | None, api: HfApi) -> str | None:
+    """The hub's name of a base: as it was given, if the hub knows it, or as the hub's own cache has it."""
     if place is None:
         return None
-    if not Path(place).exists():
-        return str(place) if str(place).count("/") == 1 and not str(place).startswith((".", "/")) else None
     for parent in Path(place).absolute().parents:
         if parent.name.startswith("models--"):
             return parent.name.removeprefix("models--").replace("--", "/", 1)
-    return None
+    if Path(place).exists() or not _REPO_ID.fullmatch(str(place)):
+        return None
+    try:
+        api.model_info(str(place))
+    except Exception:  # no such model, or no network: it may be a directory that has gone
+        return None
+    return str(place)
 
 
 def _license_of(place: Path | None, base: str | None, api: HfApi) -> str | None:
@@ -176,7 +196,7 @@ def _license_of(place: Path | None, base: str | None, api: HfApi) -> str | None:
 def _commit(
     api: HfApi, repo_id: str, files: dict[str, Path | bytes], card: str, private: bool, warnings: list[str]
 ) -> Pushed:
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -184,15 +204,14 @@ def _commit(
             warnings.append(f"{CARD_NAME} on the hub is not ours, and was left as it is")
         else:
             files = {**files, CARD_NAME: card.encode()}
-        operations: list[CommitOperationAdd] = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(
                 path_in_repo=name, path_or_fileobj=str(content) if isinstance(content, Path) else content
             )
             for name, content in files.items()
         ]
+        operations += [CommitOperationDelete(name) for name in _left_over(api, repo_id, files)]
         info = api.create_commit(repo_id, operations, commit_message="Upload with lora-deploy")
-    except InputError:
-        raise
     except Exception as error:  # huggingface_hub's, requests' and the disk's have no common base
         raise OutputError(
             "the hub did not take it",
@@ -201,6 +220,14 @@ def _commit(
             remedy="check the name, the network, and `hf auth login`; no file was changed there",
         ) from error
     return Pushed(str(info.commit_url), tuple(files), tuple(warnings))
+
+
+def _left_over(api: HfApi, repo_id: str, files: Mapping[str, object]) -> list[str]:
+    """What an earlier push of an export left that is not of this one: it would be taken for a part of it."""
+    if MODEL_NAME not in files:
+        return []
+    there = [name for name in api.list_repo_files(repo_id) if name not in files]
+    return [name for name in there if is_of_export(Path(name))]
 
 
 def _has_own_card(api: HfApi, repo_id: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,12 @@ class ExportCallback(TrainerCallback):
         unknown = sorted(set(options) - (taken - {"example_inputs", "dynamic_axes"}))
         if unknown:
             raise TypeError(f"ExportCallback got unexpected options: {', '.join(unknown)}")
+        if options.get("merge", True) and options.get("branch") is not None:
+            raise UsageError(
+                "an adapter is merged, or it is a branch",
+                found=f"branch={options['branch']!r}",
+                remedy="say merge=False",
+            )
         self.output = Path(output)
         self.result: ExportResult | None = None
         self._adapter = None if adapter is None else Path(adapter)
@@ -81,7 +88,7 @@ class ExportCallback(TrainerCallback):
     ) -> None:
         """Check all that can be checked, with the adapter as it is now."""
         assert model is not None
-        if any(getattr(args, name, None) for name in ("fsdp", "deepspeed")):
+        if _is_spread(args, model):
             raise UsageError(
                 "the parameters of this training are spread over processes, so that no process can export them",
                 found="fsdp or deepspeed",
@@ -90,7 +97,9 @@ class ExportCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         from lora_deploy.export.plan import plan_export
+        from lora_deploy.verify.report import check_comparison
 
+        check_comparison(self._options.get("data"), self._options.get("max_kl"))
         options = {name: value for name, value in self._options.items() if name not in _NOT_OF_A_PLAN}
         if self._options.get("merge", True):
             options["branch"] = None
@@ -137,3 +146,11 @@ class ExportCallback(TrainerCallback):
         if self.result.report is not None:
             print_report(console, self.result.report)
         console.print(f"{self.result.bytes / 1e6:,.1f} MB in {self.result.output}", soft_wrap=True, markup=False)
+
+
+def _is_spread(args: TrainingArguments, model: nn.Module) -> bool:
+    """Whether no process has all of the parameters: FSDP or DeepSpeed, by the arguments or by accelerate's launcher."""
+    asked = [getattr(args, name, None) for name in ("fsdp", "deepspeed", "deepspeed_plugin")]
+    launched = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")]
+    parts = any(type(one).__name__ == "DTensor" or not one.numel() for one in model.parameters())
+    return any(asked) or any(launched) or parts

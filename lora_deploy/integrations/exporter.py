@@ -26,7 +26,7 @@ from lora_deploy.export import export_onnx
 from lora_deploy.export.commit import link_or_copy
 from lora_deploy.graph_check import read_graph
 from lora_deploy.integrations.trained import save_trained
-from lora_deploy.integrity import MODEL_NAME
+from lora_deploy.integrity import MODEL_NAME, export_files
 from lora_deploy.manifest import BranchKind, Manifest
 from lora_deploy.requantize.options import Requantization
 from lora_deploy.run.adapters import Adapters
@@ -145,16 +145,15 @@ class OnnxLoraExporter(HfExporter):
 
     @classmethod
     def save_program(cls, program: ir.Model, path: str | Path) -> None:
-        """Copy the export: graph, weights, adapters, tokenizer, report."""
+        """Copy the export: graph, weights, adapters, tokenizer, report; a directory with older adapters cannot be saved
+        to, for transformers moves what was copied over what is there."""
         path, origin = Path(path), Path(program.meta["path"]).parent
         if path.name != MODEL_NAME:
             raise UsageError("the graph of an export has one name", found=path.name, expected=MODEL_NAME)
-        for file in sorted(origin.rglob("*")):
+        for file in export_files(origin, program.metadata_props):
             target = path.parent / file.relative_to(origin)
-            if file.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                link_or_copy(file, target)
+            target.parent.mkdir(exist_ok=True)
+            link_or_copy(file, target)
 
     @classmethod
     def load_program(cls, path: str | Path) -> ir.Model:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 
 from lora_deploy.adapter import TrainingRecord, read_adapter, save_adapter
+from lora_deploy.adapter.files import WEIGHTS_NAME
+from lora_deploy.config import CONFIG_NAME
 from lora_deploy.errors import AdapterError, CheckpointError, OutputError, UsageError
 from lora_deploy.export.merge import open_base
 from lora_deploy.layers.model import adapted_layers
@@ -24,7 +29,7 @@ __all__ = ["save_trained", "write_adapter_of"]
 _CODED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 # Beginnings of the parts of names by which PEFT's layers and ours hold what is not of the base, or not used any more.
 _ADDED = ("lora_", "modules_to_save", "original_module", "token_adapter", "trainable_tokens")
-_ROUNDING = 2.0**-7  # of a value, to bfloat16
+_ROUNDING = 0.01  # of the norm of a weight
 
 
 def save_trained(model: nn.Module, directory: str | Path, base: str | Path | None = None) -> TrainingRecord:
@@ -78,13 +83,14 @@ def write_adapter_of(model: nn.Module, directory: str | Path) -> None:
         save_adapter(model, directory)
         return
     name = _peft_name(model)
-    try:  # PEFT puts all but "default" into a directory of their name
-        model.save_pretrained(str(directory), selected_adapters=[name])  # type: ignore[operator]
-        if name != "default":
-            for file in (directory / name).iterdir():
-                file.replace(directory / file.name)
-            (directory / name).rmdir()
-        (directory / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card, not filled in
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Beside what is there, which may have a card or a directory of the adapter's name.
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
+            model.save_pretrained(scratch, selected_adapters=[name])  # type: ignore[operator]
+            saved = Path(scratch) if name == "default" else Path(scratch) / name
+            for file in (CONFIG_NAME, WEIGHTS_NAME):
+                (saved / file).replace(directory / file)
     except OSError as error:
         raise OutputError("the adapter could not be written", file=directory, found=str(error)) from error
 
@@ -145,20 +151,28 @@ def _is_added(name: str) -> bool:
 
 
 def _check_same(model: nn.Module, base: TrainingBase) -> None:
-    """The frozen floats in memory are those of the checkpoint, rounding of their type apart; one of them at a time."""
-    coded = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, _CODED)}
+    """The frozen weights in memory are those of the checkpoint, rounding apart; one of them at a time."""
+    for name, module in model.named_modules():
+        if isinstance(module, _CODED):
+            layer = _plain(name)
+            found, stored = quantized_weight(module).dequantize(torch.float32).cpu(), base.weight(layer).dequantize()
+            _require_same(found, stored, base.place(f"{layer}.weight"))
     for name, values in model.named_parameters():
         plain = _plain(name)
-        if values.requires_grad or name in coded or _is_added(name) or plain not in base.shapes:
-            continue
-        stored = base.tensor(plain).float()
-        found = values.detach().cpu().float()
-        if found.shape == stored.shape and bool(((found - stored).abs() <= stored.abs() * _ROUNDING + 1e-7).all()):
-            continue
-        raise CheckpointError(
-            "the base in memory is not the checkpoint that it is said to be loaded from",
-            **base.place(plain),
-            found="other values" if found.shape == stored.shape else tuple(found.shape),
-            expected=f"those of the file, {tuple(stored.shape)}",
-            remedy="save the base before the training (save_pretrained), and name that directory: base=...",
-        )
+        of_codes = isinstance(model.get_submodule(name.rpartition(".")[0]), _CODED) and name.endswith(".weight")
+        if not values.requires_grad and not of_codes and not _is_added(name) and plain in base.shapes:
+            _require_same(values.detach().cpu().float(), base.tensor(plain).float(), base.place(plain))
+
+
+def _require_same(found: torch.Tensor, stored: torch.Tensor, place: Mapping[str, str]) -> None:
+    """Other devices and versions of bitsandbytes round some codes differently, and a type rounds all of its values; a
+    merged adapter, or another checkpoint, is further off."""
+    if found.shape == stored.shape and bool((found - stored).norm() <= stored.norm() * _ROUNDING):
+        return
+    raise CheckpointError(
+        "the base in memory is not the checkpoint that it is said to be loaded from",
+        **place,
+        found="other values" if found.shape == stored.shape else tuple(found.shape),
+        expected=f"those of the file, {tuple(stored.shape)}",
+        remedy="save the base before the training (save_pretrained), and name that directory: base=...",
+    )

@@ -18,6 +18,8 @@ from lora_deploy.slots import Slot
 
 __all__ = ["Adapters", "blend_adapters"]
 
+_KEPT = 64  # adapters that stay where the model runs
+
 
 class Adapters:
     """The adapters of an open export, each read, checked and uploaded when it is first used.
@@ -78,6 +80,10 @@ class Adapters:
                 del self._read[name]
                 self._uploaded.pop(name, None)
 
+    def is_current(self, name: str) -> bool:
+        """Whether an adapter that was read is still what its file holds."""
+        return name not in self._read or self._stamps[name] == _stamp(self._files[name])
+
     def inputs(self, adapter: str | Mapping[str, float] | None) -> Mapping[str, Any]:
         """What a run is given for an adapter, a blend of several, or None.
 
@@ -102,8 +108,13 @@ class Adapters:
         if self._kind != "hot-swap":
             raise self._fixed(adapter if isinstance(adapter, str) else ", ".join(adapter))
         if isinstance(adapter, str):
-            if adapter not in self._uploaded:
-                self._uploaded[adapter] = self._upload(self._tensors(adapter))
+            # The last that was used is the last to go.
+            found = self._uploaded.pop(adapter, None)
+            self._uploaded[adapter] = self._upload(self._tensors(adapter)) if found is None else found
+            while len(self._uploaded) > _KEPT:
+                oldest = next(iter(self._uploaded))
+                del self._uploaded[oldest]
+                self._read.pop(oldest, None)
             return self._uploaded[adapter]
         tensors = {name: self._tensors(name) for name in adapter}
         return self._upload(blend_adapters(tensors, adapter, self._manifest))

@@ -23,9 +23,9 @@ from lora_deploy.run.session import OnnxSession, Weights, numpy_of
 from lora_deploy.task import is_classification
 from lora_deploy.tokenizer import load_tokenizer
 
-__all__ = ["OnnxModel", "pad_left"]
+__all__ = ["ROOM", "OnnxModel", "pad_left"]
 
-_ROOM = 2048  # new tokens that a cache has room for from the beginning; a longer answer is copied at every step
+ROOM = 2048  # new tokens that a cache has room for from the beginning; a longer answer is copied at every step
 
 
 class OnnxModel:
@@ -235,7 +235,7 @@ class OnnxModel:
         random = np.random.default_rng(settings.seed)
         new, mask = pad_left(rows, longest)
         alive = np.ones(len(rows), bool)
-        cache = self.session.empty_cache(len(rows), room=longest + min(int(limits.max()), _ROOM))
+        cache = self.session.empty_cache(len(rows), room=longest + min(int(limits.max()), ROOM))
         started, decoded = 0.0, 0
         for step in range(int(limits.max())):
             logits, cache = self.session.forward(new, mask, cache, inputs)

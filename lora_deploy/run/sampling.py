@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,9 @@ from numpy.typing import NDArray
 from lora_deploy.errors import UsageError
 
 __all__ = ["Sampling", "choose_token"]
+
+
+_COLDEST = 1e-6  # below, logits divided by it are no numbers any more
 
 
 @dataclass(frozen=True)
@@ -36,14 +40,16 @@ class Sampling:
         Raises:
             UsageError: A setting is out of range, or a prompt is empty.
         """
-        sound = self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0 and self.max_new_tokens >= 1
+        sound = self.temperature == 0 or (self.temperature >= _COLDEST and math.isfinite(self.temperature))
+        sound = sound and 0 < self.top_p <= 1 and self.top_k >= 0 and self.max_new_tokens >= 1
         if rows and all(rows) and sound and (self.seed is None or self.seed >= 0):
             return
         raise UsageError(
             "this cannot be generated from",
             found=f"{', '.join(str(len(row)) for row in rows) or 'no'} prompt tokens, temperature {self.temperature}, "
             f"top_k {self.top_k}, top_p {self.top_p}, max_new_tokens {self.max_new_tokens}, seed {self.seed}",
-            expected="a prompt, temperature >= 0, top_k >= 0, 0 < top_p <= 1, max_new_tokens >= 1, seed >= 0",
+            expected=f"a prompt, temperature 0 or >= {_COLDEST:g}, top_k >= 0, 0 < top_p <= 1, max_new_tokens >= 1, "
+            "seed >= 0",
         )
 
     def choose(self, logits: NDArray[np.float32], random: np.random.Generator) -> int:

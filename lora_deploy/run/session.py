@@ -297,9 +297,9 @@ def numpy_dtype(compute_dtype: str) -> np.dtype[Any]:
 
 
 def numpy_of(value: Any) -> NDArray[Any]:
-    """The values of an OrtValue on the CPU, also in bfloat16, which onnxruntime itself does not turn into an array."""
+    """The values of an OrtValue, on the CPU, also in bfloat16, which onnxruntime itself does not turn into an array."""
     if value.data_type() == "tensor(bfloat16)":
         from torch.utils import dlpack
 
-        return dlpack.from_dlpack(value).float().numpy().astype(numpy_dtype("bf16"))
+        return dlpack.from_dlpack(value).float().cpu().numpy().astype(numpy_dtype("bf16"))
     return np.asarray(value.numpy())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,11 +21,12 @@ from lora_deploy.errors import LoraDeployError, UsageError
 from lora_deploy.integrity import find_adapters
 from lora_deploy.run.generate import OnnxModel
 from lora_deploy.run.pieces import Pieces
-from lora_deploy.serve.engine import BusyError, Engine, Event, Job
+from lora_deploy.serve.engine import BusyError, ClosedError, Engine, Event, Job
 from lora_deploy.serve.protocol import ChatRequest, CompletionRequest, chunk_of, new_place, response_of
 
 __all__ = ["create_app"]
 
+_logger = logging.getLogger(__name__)
 _LARGEST_BODY = 4 << 20
 _COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 _CHAT_TOKENS = 1 << 30  # to the end of the context
@@ -44,8 +46,15 @@ def create_app(
 
     Returns:
         An ASGI application. Its `state.engine` runs from its start to its shutdown.
+
+    Raises:
+        UsageError: The base is called as one of its adapters.
     """
     base = name or model.directory.resolve().name
+    if base in adapter_names(model):
+        raise UsageError(
+            "the base and an adapter have the same name", found=base, remedy="call the base something else: --name"
+        )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -57,7 +66,7 @@ def create_app(
     started = int(time.time())
 
     def names() -> list[str]:
-        return [base, *adapter_names(model)]
+        return list(dict.fromkeys([base, *adapter_names(model)]))
 
     def describe(model_name: str) -> dict[str, Any]:
         return {
@@ -97,20 +106,23 @@ def create_app(
         asked: ChatRequest | CompletionRequest, request: Request, prompt: list[int], limit: int
     ) -> JSONResponse | StreamingResponse:
         _check_name(asked.model, names())
-        adapter = None if asked.model == base else asked.model
+        adapter = asked.model if asked.model in adapter_names(model) else None
         generation = _Generation(model, asked.stops, len(prompt))
-        job = app.state.engine.submit(prompt, adapter, asked.sampling(limit), generation.tell)
-        if asked.stream:
-            # What goes wrong before the first token is still an answer with a status.
-            pieces = generation.pieces(job)
-            first = await anext(pieces, None)
-            return StreamingResponse(_stream(asked, generation, first, pieces), media_type="text/event-stream")
+        sampling = asked.sampling(limit)
+        job = app.state.engine.submit(
+            prompt, adapter, sampling, generation.tell, bounded=sampling.max_new_tokens != _CHAT_TOKENS
+        )
         waiting = asyncio.create_task(_cancel_if_gone(request, job))
+        pieces = generation.pieces(job)
         try:
-            text = "".join([piece async for piece in generation.pieces(job)])
+            if not asked.stream:
+                text = "".join([piece async for piece in pieces])
+                return JSONResponse(response_of(asked, text, generation.reason, generation.usage()))
+            # What goes wrong before the first token is still an answer with a status.
+            first = await anext(pieces, None)
         finally:
             waiting.cancel()
-        return JSONResponse(response_of(asked, text, generation.reason, generation.usage()))
+        return StreamingResponse(_stream(asked, generation, first, pieces), media_type="text/event-stream")
 
     _answer_errors(app)
     app.add_middleware(_Guard, api_key=api_key)
@@ -201,8 +213,8 @@ async def _stream(
         yield _event(chunk_of(asked, place, "", generation.reason))
         if asked.stream_options is not None and asked.stream_options.include_usage:
             yield _event({**chunk_of(asked, place, None), "usage": generation.usage()})
-    except (LoraDeployError, BusyError) as error:
-        yield _event({"error": _describe(str(error), "server_error", None)})
+    except Exception as error:  # the status has been sent, and the client must be told all the same
+        yield _event({"error": _describe(_message(error), "server_error", None)})
     yield "data: [DONE]\n\n"
 
 
@@ -215,6 +227,17 @@ async def _cancel_if_gone(request: Request, job: Job) -> None:
     while not await request.is_disconnected():
         await asyncio.sleep(0.2)
     job.cancelled.set()
+
+
+def _message(error: Exception) -> str:
+    """What a client may know: not where the files of this machine are."""
+    if isinstance(error, LoraDeployError):
+        details = [f"{name}: {value}" for name, value in error.details.items() if name != "file"]
+        return "; ".join([error.summary, *details])
+    if isinstance(error, BusyError):
+        return str(error)
+    _logger.error("an answer failed", exc_info=error)
+    return "the server failed to answer; its log says why"
 
 
 def _describe(message: str, kind: str, code: str | None) -> dict[str, Any]:
@@ -230,14 +253,20 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(UsageError)
     async def usage(_: Request, error: UsageError) -> JSONResponse:
         code = "context_length_exceeded" if "context" in error.summary else None
-        return respond(400, str(error), "invalid_request_error", code)
+        return respond(400, _message(error), "invalid_request_error", code)
 
     @app.exception_handler(LoraDeployError)
     async def own(_: Request, error: LoraDeployError) -> JSONResponse:
-        return respond(500, str(error), "server_error")
+        return respond(500, _message(error), "server_error")
+
+    @app.exception_handler(Exception)
+    async def unknown(_: Request, error: Exception) -> JSONResponse:
+        return respond(500, _message(error), "server_error")
 
     @app.exception_handler(BusyError)
     async def busy(_: Request, error: BusyError) -> JSONResponse:
+        if isinstance(error, ClosedError):
+            return respond(503, str(error), "server_error")
         return respond(429, f"too many requests: {error}", "rate_limit_error", "rate_limit_exceeded")
 
     @app.exception_handler(HTTPException)
@@ -268,9 +297,37 @@ class _Guard:
                 error = _describe("the API key is missing or wrong", "invalid_request_error", "invalid_api_key")
                 await JSONResponse({"error": error}, 401)(scope, receive, send)
                 return
-        length = headers.get(b"content-length")
-        if scope["method"] == "POST" and (length is None or not length.isdigit() or int(length) > _LARGEST_BODY):
-            error = _describe(f"a body of at most {_LARGEST_BODY} bytes is needed", "invalid_request_error", None)
-            await JSONResponse({"error": error}, 413)(scope, receive, send)
+        if scope["method"] != "POST":
+            await self._app(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        body = await _read_body(receive)
+        if body is None:
+            error = _describe(f"the body is larger than {_LARGEST_BODY} bytes", "invalid_request_error", None)
+            await JSONResponse({"error": error}, 413, {"Connection": "close"})(scope, receive, send)
+            return
+        read = False
+
+        async def again() -> Any:
+            nonlocal read
+            if read:
+                return await receive()
+            read = True
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        await self._app(scope, again, send)
+
+
+async def _read_body(receive: Any) -> bytes | None:
+    """The whole body; None where it is too large, however long it was said to be."""
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return b"".join(parts)
+        parts.append(message.get("body", b""))
+        size += len(parts[-1])
+        if size > _LARGEST_BODY:
+            return None
+        if not message.get("more_body", False):
+            return b"".join(parts)

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_deploy.run.generate import pad_left
+from lora_deploy.run.generate import ROOM, pad_left
 from lora_deploy.run.session import Cache, OnnxSession, numpy_of
 
-__all__ = ["Batch"]
+__all__ = ["SLICE", "Batch"]
 
+SLICE = 512  # tokens of a prompt that are run at once
 _LENGTH = 2  # of a cache (batch, heads, length, head size)
 
 
@@ -62,8 +63,12 @@ class Batch:
         """
         assert self.can_grow
         ids, mask = pad_left(rows, max(map(len, rows)))
-        cache = self._session.empty_cache(len(rows), room=ids.shape[1] + room)
-        logits, cache = self._session.forward(ids, mask, cache, adapter)
+        cache = self._session.empty_cache(len(rows), room=ids.shape[1] + min(room, ROOM))
+        # Logits of a long prompt are gigabytes. Several rows are short, and begin with padding that sees nothing.
+        step = SLICE if len(rows) == 1 else ids.shape[1]
+        for start in range(0, ids.shape[1], step):
+            end = start + step
+            logits, cache = self._session.forward(ids[:, start:end], mask[:, :end], cache, adapter)
         if not len(self):
             self._mask, self._cache, self._alive = mask, cache, np.ones(len(rows), bool)
         else:

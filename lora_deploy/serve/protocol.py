@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from lora_deploy.errors import UsageError
 from lora_deploy.run.sampling import Sampling
@@ -41,9 +41,24 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+_STOPS, _STOP_LETTERS = 16, 256
+
+
+def _check_letters(text: str) -> str:
+    """JSON can hold halves of letters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text is no Unicode") from None
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_check_letters)]
+
+
 class _StreamOptions(BaseModel):
     model_config = ConfigDict(extra="ignore")
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class _Request(BaseModel):
@@ -53,12 +68,12 @@ class _Request(BaseModel):
 
     model: str
     max_tokens: int | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    stream: bool = False
+    stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
     @model_validator(mode="after")
@@ -66,6 +81,8 @@ class _Request(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if value is not None and name not in _HARMLESS and value not in _NEUTRAL.get(name, ()):
                 raise ValueError(f"{name} is not supported")
+        if len(self.stops) > _STOPS or any(len(text) > _STOP_LETTERS for text in self.stops):
+            raise ValueError(f"stop: at most {_STOPS} texts of {_STOP_LETTERS} letters")
         return self
 
     @property
@@ -80,14 +97,19 @@ class _Request(BaseModel):
         Args:
             limit: How many at most, where the request does not say.
         """
-        asked = self.max_tokens
-        return Sampling(limit if asked is None else asked, self.temperature, self.top_k, self.top_p, self.seed)
+        return Sampling(
+            limit if self.max_tokens is None else self.max_tokens,
+            1.0 if self.temperature is None else self.temperature,
+            self.top_k or 0,
+            1.0 if self.top_p is None else self.top_p,
+            self.seed,
+        )
 
 
 class CompletionRequest(_Request):
     """POST /v1/completions. OpenAI's default of 16 tokens is kept."""
 
-    prompt: str | list[int] | list[str]
+    prompt: _Text | list[int] | list[_Text]
 
     @property
     def text(self) -> str | list[int]:
@@ -101,14 +123,24 @@ class CompletionRequest(_Request):
 
 class _Part(BaseModel):
     type: Literal["text"]
-    text: str
+    text: _Text
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    """A message; what it has beside role and text would be lost, and is refused."""
 
-    role: str
-    content: str | list[_Part]
+    model_config = ConfigDict(extra="allow")
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: _Text | list[_Part]
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _refuse_unknown(self) -> _Message:
+        for name, value in (self.model_extra or {}).items():
+            if value:
+                raise ValueError(f"{name} is not supported")
+        return self
 
     def plain(self) -> dict[str, str]:
         """The message as chat templates take it."""

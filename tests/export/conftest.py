@@ -24,6 +24,15 @@ from tests.conftest import CheckpointFactory, random_adapter, tiny_model
 
 ExportFactory = Callable[..., tuple[Path, Path, ExportResult]]
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the matrices here Qwen2's rows are slow: Llama with biases, of which tests/test_families.py has all modes."""
+    for item in items:
+        matrix = getattr(item, "callspec", None)
+        if matrix is not None and len(matrix.params) > 1 and matrix.params.get("family") == "qwen2":
+            item.add_marker(pytest.mark.slow)
+
+
 # A short context makes the batches of the parity check short.
 SHORT: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 20},

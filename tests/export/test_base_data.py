@@ -137,7 +137,7 @@ def _other_config(base: Path) -> None:
         (None, {"expand": True}),
     ],
 )
-@pytest.mark.parametrize("kind", ["hot-swap", "fixed"])
+@pytest.mark.parametrize("kind", ["hot-swap", pytest.param("fixed", marks=pytest.mark.slow)])
 def test_another_base_is_written_anew(
     kind: str,
     change: Callable[[Path], None] | None,

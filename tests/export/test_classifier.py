@@ -137,7 +137,9 @@ def test_an_export_that_loses_the_low_rank_update_fails_the_gate(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["distilbert", *(pytest.param(one, marks=pytest.mark.slow) for one in ("bert", "roberta"))]
+)
 def test_half_precision_passes_its_own_gate(
     family: str, classifier_dir: ClassifierFactory, peft_adapter: ClassifierFactory, tmp_path: Path
 ) -> None:

@@ -181,6 +181,7 @@ def test_verify_reads_all_three_graphs_again(merged: ExportResult, tmp_path: Pat
             verify(broken)
 
 
+@pytest.mark.slow
 def test_one_export_takes_the_place_of_another_in_one_step_or_not_at_all(
     merged: ExportResult, trained: Factory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

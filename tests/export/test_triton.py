@@ -74,6 +74,17 @@ def test_the_configuration_is_that_of_the_graph(
             assert told != 0
 
 
+def test_a_configuration_that_is_there_stays(asked: list[object], tmp_path: Path, command: Command) -> None:
+    file = tmp_path / "models" / "reminders" / "config.pbtxt"
+    file.parent.mkdir(parents=True)
+    file.write_text("tuned by hand")
+    assert_one_message(command(*asked, "--merge", "--layout", "triton"), 5, file, "--overwrite")
+    assert file.read_text() == "tuned by hand"
+    assert not (file.parent / "1").exists()
+    assert command(*asked, "--merge", "--layout", "triton", "--overwrite").code == 0
+    assert "max_batch_size: 0" in file.read_text()
+
+
 def test_a_layout_that_is_none(asked: list[object], tmp_path: Path, command: Command) -> None:
     assert_one_message(command(*asked, "--merge", "--layout", "tritn"), 2, "tritn", "plain or triton")
     assert not (tmp_path / "models").exists()

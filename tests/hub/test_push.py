@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import CommitOperationAdd, ModelCard
+from huggingface_hub import CommitOperationDelete, ModelCard
 
 from lora_deploy.adapter import TrainingRecord, write_adapter
 from lora_deploy.errors import CheckpointError, OutputError, ParityError, UsageError
 from lora_deploy.export import export_onnx
+from lora_deploy.export.onnx_adapter import convert_adapter
 from lora_deploy.hub import push_to_hub
+from lora_deploy.integrity import check_files
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.verify.report import ParityReport
 from tests.commands import Command, assert_one_message, command
@@ -37,6 +39,7 @@ class Hub:
         self.card, self.licence = card, licence
         self.files: dict[str, bytes] = {}
         self.made: dict[str, Any] = {}
+        self.known = {"HuggingFaceTB/SmolLM2", "them/base", "gpt2"}
 
     def create_repo(self, repo_id: str, **options: Any) -> None:
         """Note it."""
@@ -52,11 +55,20 @@ class Hub:
 
     def model_info(self, base: str) -> Any:
         """The base's card."""
+        if base not in self.known:
+            raise ValueError("there is no such model")
         return SimpleNamespace(card_data={"license": self.licence} if self.licence else None)
 
-    def create_commit(self, repo_id: str, operations: list[CommitOperationAdd], **_: Any) -> Any:
+    def list_repo_files(self, repo_id: str) -> list[str]:
+        """What there is."""
+        return list(self.files)
+
+    def create_commit(self, repo_id: str, operations: list[Any], **_: Any) -> Any:
         """Keep the files."""
         for operation in operations:
+            if isinstance(operation, CommitOperationDelete):
+                del self.files[operation.path_in_repo]
+                continue
             with operation.as_file() as content:
                 self.files[operation.path_in_repo] = content.read()
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
@@ -89,7 +101,8 @@ def export(adapter: Path, checkpoint_dir: CheckpointFactory, tmp_path: Path) -> 
 
 def test_an_export_with_its_card(export: Callable[..., Path], tmp_path: Path) -> None:
     out = export(merge=False)
-    (out / "notes.txt").write_text("not of the export")
+    for foreign in ("notes.txt", "private.onnx", "model-0000.onnx.data", "adapters/z.onnx_adapter.partial"):
+        (out / foreign).write_text("not of the export")
     hub = Hub(licence="apache-2.0")
     pushed = push_to_hub(out, "me/reminders", base_model="HuggingFaceTB/SmolLM2", api=hub)  # type: ignore[arg-type]
     data = next(out.glob("*.data")).name
@@ -101,7 +114,7 @@ def test_an_export_with_its_card(export: Callable[..., Path], tmp_path: Path) ->
         "adapters/json.onnx_adapter",
         "README.md",
     }
-    assert "notes.txt" not in hub.files
+    assert not {name for name in hub.files if b"not of the export" in hub.files[name]}
     assert set(pushed.files) == set(hub.files)
     assert hub.files[data] == (out / data).read_bytes()
     assert hub.made == {"repo_id": "me/reminders", "private": False, "exist_ok": True}
@@ -270,3 +283,43 @@ def test_training_pushes_what_it_wrote(
     assert ended.code == 0, ended.err
     assert "adapter_model.safetensors" in hub.files
     assert str(tmp_path).encode() not in hub.files["lora_deploy.json"]
+
+
+def test_what_an_earlier_push_left_goes(export: Callable[..., Path], tmp_path: Path) -> None:
+    out = export(merge=False)
+    hub = Hub()
+    push_to_hub(out, "me/x", api=hub)  # type: ignore[arg-type]
+    hub.files["notes.md"] = b"of the repository's owner"
+    before = set(hub.files)
+    shutil.rmtree(out)
+    push_to_hub(export(precision="int8"), "me/x", api=hub)  # type: ignore[arg-type]
+    assert "adapters/json.onnx_adapter" in before
+    assert "adapters/json.onnx_adapter" not in hub.files
+    assert "notes.md" in hub.files
+    fetched = tmp_path / "fetched"
+    for name, content in hub.files.items():
+        (fetched / name).parent.mkdir(parents=True, exist_ok=True)
+        (fetched / name).write_bytes(content)
+    assert check_files(fetched)
+
+
+def test_an_adapter_that_was_converted_after_the_check_is_left_out(export: Callable[..., Path], tmp_path: Path) -> None:
+    out = export(merge=False)
+    write_adapter(random_adapter(tiny_model("llama"), target_modules=["q_proj"], seed=9), tmp_path / "late")
+    convert_adapter(tmp_path / "late", out, "late")
+    hub = Hub()
+    pushed = push_to_hub(out, "me/x", api=hub)  # type: ignore[arg-type]
+    assert "adapters/late.onnx_adapter" not in hub.files
+    assert any("late" in warning for warning in pushed.warnings)
+    assert "late" not in hub.files["README.md"].decode()
+
+
+@pytest.mark.parametrize(("place", "known"), [("models/my-secret", False), ("gpt2", True), ("them/base", True)])
+def test_only_what_the_hub_knows_is_a_name(place: str, known: bool, adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": place}))
+    hub = Hub()
+    push_to_hub(adapter, "me/x", api=hub)  # type: ignore[arg-type]
+    assert (place in hub.files["README.md"].decode()) == known
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == (place if known else None)
+    assert "--quantization WHAT_THE_BASE_WAS" in hub.files["README.md"].decode()

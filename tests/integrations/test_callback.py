@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from transformers import Trainer, TrainingArguments
 
 from lora_deploy import LoraConfig, get_lora_model
 from lora_deploy.adapter import read_adapter
-from lora_deploy.errors import AdapterError, CheckpointError, OutputError, ParityError, UsageError
-from lora_deploy.integrations import ExportCallback
+from lora_deploy.errors import AdapterError, CheckpointError, DataError, OutputError, ParityError, UsageError
+from lora_deploy.integrations import ExportCallback, save_trained
 from lora_deploy.run import OnnxSession
 from tests.commands import tree
 from tests.conftest import (
@@ -26,6 +27,7 @@ from tests.conftest import (
     tiny_model,
     token_ids,
 )
+from tests.peft.models import move
 
 pytestmark = QUIET_PEFT
 
@@ -138,6 +140,15 @@ def test_a_whole_head_and_trained_biases(checkpoint_dir: CheckpointFactory, tmp_
     assert (torch.from_numpy(found) - logits(model.eval(), ids)).abs().max() < 1e-3
 
 
+def merged_first(place: Path) -> peft.PeftModel:
+    """An adapter on a 4-bit base that another adapter was merged into."""
+    first = peft.get_peft_model(load_quantized(place, "nf4"), peft.LoraConfig(task_type="CAUSAL_LM", **SETTINGS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that merging into 4 bits rounds
+        changed = move(first, 0.2).merge_and_unload()
+    return peft.get_peft_model(changed, peft.LoraConfig(task_type="CAUSAL_LM", **SETTINGS))
+
+
 class Untrained(Trainer):
     """Fails when it takes a step."""
 
@@ -150,6 +161,9 @@ class Untrained(Trainer):
     ("case", "kind", "named"),
     [
         ("another base", CheckpointError, "is not the checkpoint that it is said to be loaded from"),
+        ("a merged adapter", CheckpointError, "is not the checkpoint that it is said to be loaded from"),
+        ("data", DataError, "no text to compare on"),
+        ("a launcher", UsageError, "spread over processes"),
         ("no place", UsageError, "does not say where its base was loaded from"),
         ("output there", OutputError, "exists"),
         ("no adapter", AdapterError, "the model has no adapter"),
@@ -158,7 +172,12 @@ class Untrained(Trainer):
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_the_first_step(
-    case: str, kind: type[Exception], named: str, checkpoint_dir: CheckpointFactory, tmp_path: Path
+    case: str,
+    kind: type[Exception],
+    named: str,
+    checkpoint_dir: CheckpointFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model: Any = dense(checkpoint_dir("llama"))
     options: dict[str, Any] = {}
@@ -166,6 +185,12 @@ def test_what_cannot_be_exported_is_refused_before_the_first_step(
     (tmp_path / "run").mkdir(exist_ok=True)
     if case == "another base":
         options["base"] = checkpoint_dir("llama", seed=3)
+    elif case == "a merged adapter":
+        model = merged_first(checkpoint_dir("llama"))
+    elif case == "data":
+        options["data"] = tmp_path / "nowhere.jsonl"
+    elif case == "a launcher":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     elif case == "no place":
         model.get_base_model().config._name_or_path = ""
     elif case == "output there":
@@ -197,6 +222,19 @@ def test_an_export_that_fails_leaves_the_adapter(
     update = read_adapter(tmp_path / "run" / "adapter").updates["model.layers.1.mlp.down_proj"]
     assert torch.equal(update.B, model.get_base_model().model.layers[1].mlp.down_proj.lora_B["default"].weight)
     assert update.B.abs().max() > 0
+
+
+def test_a_card_beside_the_adapter_stays(checkpoint_dir: CheckpointFactory, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "README.md").write_text("my words")
+    save_trained(dense(checkpoint_dir("llama")), tmp_path / "own")
+    assert (tmp_path / "own" / "README.md").read_text() == "my words"
+    assert read_adapter(tmp_path / "own").updates
+
+
+def test_a_branch_that_is_merged_is_refused_at_once() -> None:
+    with pytest.raises(UsageError, match="merged, or it is a branch"):
+        ExportCallback("out", branch="pooled")
 
 
 def test_an_option_that_does_not_exist_is_refused_at_once() -> None:

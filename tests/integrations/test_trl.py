@@ -8,9 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer
 
 from lora_deploy.integrations import ExportCallback
 from lora_deploy.run import OnnxModel
@@ -20,6 +18,7 @@ from tests.train.conftest import tiny_base
 __all__ = ["tiny_base"]
 
 pytestmark = [
+    pytest.mark.slow,  # and needs the extra `trl`
     *QUIET_PEFT,
     # trl 1.16 sets fields of the arguments that transformers 5.24 has renamed.
     pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed in v6:FutureWarning"),
@@ -28,15 +27,16 @@ pytestmark = [
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_what_sft_trained_is_exported(tiny_base: Callable[..., str], tmp_path: Path, merge: bool) -> None:
+    datasets, trl = pytest.importorskip("datasets"), pytest.importorskip("trl")
     place = tiny_base()
     model = AutoModelForCausalLM.from_pretrained(place, quantization_config=four_bit("nf4"), device_map="cpu")
     tokenizer = AutoTokenizer.from_pretrained(place)
     rows = [{"prompt": f"{number} is ", "completion": "even" if number % 2 == 0 else "odd"} for number in range(8)]
     settings = {"r": 3, "lora_alpha": 9, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     callback = ExportCallback(tmp_path / "out", merge=merge, quiet=True)
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model=model,
-        args=SFTConfig(
+        args=trl.SFTConfig(
             output_dir=str(tmp_path / "run"),
             max_steps=4,
             per_device_train_batch_size=2,
@@ -47,7 +47,7 @@ def test_what_sft_trained_is_exported(tiny_base: Callable[..., str], tmp_path: P
             bf16=False,
             disable_tqdm=True,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=peft.LoraConfig(**settings),
         callbacks=[callback],

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import shutil
 import socket
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import openai
 import pytest
 import uvicorn
 
+from lora_deploy.errors import UsageError
 from lora_deploy.run import OnnxModel
 from lora_deploy.serve import create_app
 
@@ -169,6 +172,92 @@ def test_what_it_cannot_do_is_refused(more: dict[str, Any], named: str, talking_
             "response_format": {"type": "text"},
         }
         client.chat.completions.create(model="a", messages=MESSAGES, max_tokens=1, **neutral)
+
+
+def test_what_is_null_is_not_said(talking_branch: Callable[..., Path]) -> None:
+    with served(talking_branch("pooled")) as (client, _):
+        nulls: Any = {"temperature": None, "top_p": None, "stream": None, "stop": None, "seed": None, "n": None}
+        answer = client.chat.completions.create(model="a", messages=MESSAGES, max_tokens=2, **nulls)
+        history: Any = [*MESSAGES, answer.choices[0].message, MESSAGES[1]]
+        assert client.chat.completions.create(model="a", messages=history, max_tokens=2).choices
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "role"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]}, "tool_calls"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "Unicode"),
+        ({"messages": MESSAGES, "stop": ["x"] * 17}, "stop"),
+        ({"messages": MESSAGES, "stop": "x" * 257}, "stop"),
+        ({"messages": MESSAGES, "temperature": 1e-310}, "temperature"),
+        ({"messages": MESSAGES, "temperature": float("inf")}, "temperature"),
+        ({"prompt": "\ud800"}, "Unicode"),
+        ({"prompt": [5, 1000000]}, "does not know"),
+        ({"prompt": [5, 2**70]}, "does not know"),
+        ({"prompt": []}, "0 prompt tokens"),
+        ({"prompt": ["a", "b"]}, "one prompt"),
+    ],
+)
+def test_bodies_that_no_client_would_send(
+    body: dict[str, Any], named: str, talking_branch: Callable[..., Path]
+) -> None:
+    place = talking_branch("pooled")
+    with served(place) as (client, _):
+        path = "chat/completions" if "messages" in body else "completions"
+        request = urllib.request.Request(
+            f"{client.base_url}{path}",
+            json.dumps({"model": "a", **body}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(request)
+        error = json.load(refused.value)["error"]
+        assert refused.value.code == 400
+        assert named in error["message"]
+        assert str(place) not in error["message"]
+
+
+def test_a_body_without_a_length_is_cut_off(talking_branch: Callable[..., Path]) -> None:
+    with served(talking_branch("pooled")) as (client, _):
+        place = client.base_url.host, client.base_url.port
+        good = json.dumps({"model": "a", "prompt": "Hi", "max_tokens": 1}).encode()
+        with closing(http.client.HTTPConnection(*place)) as connection:
+            kind = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", iter([good[:9], good[9:]]), kind)
+            assert connection.getresponse().status == 200
+        with closing(http.client.HTTPConnection(*place)) as connection:
+            with suppress(BrokenPipeError, ConnectionResetError):
+                connection.request("POST", "/v1/completions", (b"x" * (1 << 20) for _ in range(64)))
+            with suppress(ConnectionError):
+                assert connection.getresponse().status == 413
+        assert client.models.list().data
+
+
+def test_a_failure_of_ours_is_an_answer_without_places(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (place / "adapters" / "a.onnx_adapter").write_bytes(b"nothing")
+    with served(place) as (client, app):
+        with pytest.raises(openai.InternalServerError) as failed:
+            client.chat.completions.create(model="a", messages=MESSAGES)
+        assert str(place) not in failed.value.message
+        with pytest.raises(openai.InternalServerError):
+            client.chat.completions.create(model="a", messages=MESSAGES, stream=True)
+
+        def fail(*_: Any) -> Any:
+            raise RuntimeError(f"secret of {place}")
+
+        monkeypatch.setattr(app.state.engine.model.session, "forward", fail)
+        with pytest.raises(openai.InternalServerError) as failed:
+            client.chat.completions.create(model="b", messages=MESSAGES)
+        assert "secret" not in failed.value.message
+    assert "secret" in caplog.text
+
+
+def test_a_base_that_is_called_as_its_adapter(place: Path) -> None:
+    with pytest.raises(UsageError, match="same name"):
+        create_app(OnnxModel(place), name="a")
 
 
 def test_a_key_and_a_limit(talking_branch: Callable[..., Path]) -> None:

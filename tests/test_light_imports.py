@@ -80,7 +80,12 @@ print(compiled(torch.ones(())).item(), torch._dynamo.__file__ is not None, torch
 
 
 @pytest.mark.parametrize(
-    "asked", ["torch._dynamo.config.verbose", "import torch._dynamo.utils", "torch._dynamo.reset()"]
+    "asked",
+    [
+        "torch._dynamo.config.verbose",
+        pytest.param("import torch._dynamo.utils", marks=pytest.mark.slow),
+        pytest.param("torch._dynamo.reset()", marks=pytest.mark.slow),
+    ],
 )
 def test_a_part_of_the_compiler_is_the_real_one(asked: str) -> None:
     found = _run(f"""

@@ -25,11 +25,16 @@ from tests.conftest import CheckpointFactory, random_adapter, tiny_model
 ExportFactory = Callable[..., tuple[Path, Path, ExportResult]]
 
 
+# Rows of the matrices that are slow: Qwen2 is a Llama with biases, of which tests/test_families.py has all modes; FP4
+# is NF4 with another table, which tests/quantization and tests/native have.
+_SLOW_ROWS = {"family": "qwen2", "method": "fp4"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the matrices here Qwen2's rows are slow: Llama with biases, of which tests/test_families.py has all modes."""
+    """Mark them."""
     for item in items:
-        matrix = getattr(item, "callspec", None)
-        if matrix is not None and len(matrix.params) > 1 and matrix.params.get("family") == "qwen2":
+        matrix = item.callspec.params if hasattr(item, "callspec") else {}
+        if len(matrix) > 1 and any(matrix.get(name) == value for name, value in _SLOW_ROWS.items()):
             item.add_marker(pytest.mark.slow)
 
 

@@ -35,6 +35,8 @@ ENDLESS = [
     "(a+)?" * 30 + r"\1" * 30,
     "a" * 30_000,
 ]
+# Seconds of the processor: far more than a refusal takes on a busy machine, and far less than `re` would.
+PATIENCE = 10
 KEYS = ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
 
 
@@ -53,9 +55,9 @@ def test_a_pattern_that_could_take_for_ever_is_refused_by_key(
     before, began = tree(place.root), time.process_time()
     ended = place.export()
     seconds = time.process_time() - began
-    tally("pattern that could take for ever", ended.code == 3 and seconds < 1 and tree(place.root) == before)
+    tally("pattern that could take for ever", ended.code == 3 and seconds < PATIENCE and tree(place.root) == before)
     assert_one_message(ended, 3, file, f"{key}: ", "found:", "expected:", "remedy:")
-    assert seconds < 1
+    assert seconds < PATIENCE
     assert tree(place.root) == before
 
 

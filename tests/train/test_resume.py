@@ -41,7 +41,7 @@ def log_of(output: Path) -> list[dict[str, Any]]:
 
 
 # 10 rows, 2 a batch, 2 batches a step: an epoch is 3 steps, and its last step has one batch.
-@pytest.mark.parametrize("step", [2, 3, 4])
+@pytest.mark.parametrize("step", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("schedule", ["cosine"])
 def test_a_resumed_run_is_the_same_bit_for_bit(options: MakeOptions, step: int, schedule: str) -> None:
     straight = options(schedule=schedule, eval_fraction=0.0)
@@ -83,7 +83,14 @@ def test_the_bits_depend_on_the_whole_checkpoint(options: MakeOptions, lost: str
     assert (straight.output / ADAPTER).read_bytes() != expected
 
 
-@pytest.mark.parametrize("left", [None, 0, 100], ids=["no state", "an empty one", "half of it"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        pytest.param(None, id="no state", marks=pytest.mark.slow),
+        pytest.param(0, id="an empty one", marks=pytest.mark.slow),
+        pytest.param(100, id="half of it"),
+    ],
+)
 def test_a_broken_checkpoint_is_passed_over(options: MakeOptions, left: int | None) -> None:
     straight = options(max_steps=4)
     train_adapter(straight)

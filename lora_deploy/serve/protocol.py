@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from lora_deploy.errors import UsageError
 from lora_deploy.run.sampling import Sampling
 
-__all__ = ["ChatRequest", "CompletionRequest", "chunk_of", "response_of"]
+__all__ = ["ChatRequest", "CompletionRequest", "chunk_of", "new_place", "response_of"]
 
 # Fields of OpenAI's that change no token.
 _HARMLESS = {
@@ -39,8 +39,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tools": ([],),
     "top_logprobs": (0,),
 }
-
-
 _STOPS, _STOP_LETTERS = 16, 256
 
 
@@ -161,9 +159,7 @@ class ChatRequest(_Request):
         return super().sampling(limit)
 
 
-def response_of(
-    request: _Request, text: str, reason: str | None, usage: dict[str, int], place: tuple[str, int] | None = None
-) -> dict[str, Any]:
+def response_of(request: _Request, text: str, reason: str | None, usage: dict[str, int]) -> dict[str, Any]:
     """A whole answer.
 
     Args:
@@ -171,12 +167,11 @@ def response_of(
         text: The answer.
         reason: Why it ended.
         usage: Tokens, as OpenAI counts them.
-        place: Its id and time; None for new ones.
     """
     chat = isinstance(request, ChatRequest)
     content: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
     kind = "chat.completion" if chat else "text_completion"
-    return {**_head(request, kind, place), "choices": [_choice(content, reason)], "usage": usage}
+    return {**_head(request, kind, new_place(request)), "choices": [_choice(content, reason)], "usage": usage}
 
 
 def chunk_of(
@@ -206,8 +201,8 @@ def new_place(request: _Request) -> tuple[str, int]:
     return f"{'chatcmpl' if isinstance(request, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
 
 
-def _head(request: _Request, kind: str, place: tuple[str, int] | None) -> dict[str, Any]:
-    name, created = place or new_place(request)
+def _head(request: _Request, kind: str, place: tuple[str, int]) -> dict[str, Any]:
+    name, created = place
     return {"id": name, "object": kind, "created": created, "model": request.model}
 
 

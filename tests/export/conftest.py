@@ -31,9 +31,10 @@ _SLOW_ROWS = {"family": "qwen2", "method": "fp4"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark them."""
+    """Mark them; pytest gives the items of every directory."""
+    here = Path(__file__).parent
     for item in items:
-        matrix = item.callspec.params if hasattr(item, "callspec") else {}
+        matrix = item.callspec.params if hasattr(item, "callspec") and here in item.path.parents else {}
         if len(matrix) > 1 and any(matrix.get(name) == value for name, value in _SLOW_ROWS.items()):
             item.add_marker(pytest.mark.slow)
 

@@ -28,6 +28,7 @@ __all__ = ["create_app"]
 
 _logger = logging.getLogger(__name__)
 _LARGEST_BODY = 4 << 20
+_LARGEST_READ = 64 << 20
 _COMPLETION_TOKENS = 16  # OpenAI's default of /v1/completions
 _CHAT_TOKENS = 1 << 30  # to the end of the context
 
@@ -295,12 +296,13 @@ class _Guard:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
                 error = _describe("the API key is missing or wrong", "invalid_request_error", "invalid_api_key")
+                await _read_body(receive, 0)
                 await JSONResponse({"error": error}, 401)(scope, receive, send)
                 return
         if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        body = await _read_body(receive)
+        body = await _read_body(receive, _LARGEST_BODY)
         if body is None:
             error = _describe(f"the body is larger than {_LARGEST_BODY} bytes", "invalid_request_error", None)
             await JSONResponse({"error": error}, 413, {"Connection": "close"})(scope, receive, send)
@@ -317,17 +319,21 @@ class _Guard:
         await self._app(scope, again, send)
 
 
-async def _read_body(receive: Any) -> bytes | None:
-    """The whole body; None where it is too large, however long it was said to be."""
+async def _read_body(receive: Any, largest: int) -> bytes | None:
+    """The whole body; None where it is larger, however long it was said to be.
+
+    What is too large is read to its end all the same, and not kept: a connection that is closed with bytes unread is
+    reset, and the client never sees why. Beyond _LARGEST_READ bytes it is no mistake any more.
+    """
     parts: list[bytes] = []
     size = 0
     while True:
         message = await receive()
-        if message["type"] != "http.request":
-            return b"".join(parts)
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > _LARGEST_BODY:
-            return None
-        if not message.get("more_body", False):
-            return b"".join(parts)
+        if message["type"] == "http.request":
+            size += len(message.get("body", b""))
+            if size <= largest:
+                parts.append(message.get("body", b""))
+            else:
+                parts.clear()
+        if message["type"] != "http.request" or not message.get("more_body", False) or size > _LARGEST_READ:
+            return b"".join(parts) if size <= largest else None

@@ -26,6 +26,7 @@ from lora_deploy.cli_push import PushOption, push, show_pushed
 from lora_deploy.cli_recipes import recipes_app
 from lora_deploy.cli_run import run
 from lora_deploy.cli_serve import serve
+from lora_deploy.cli_web import web
 from lora_deploy.errors import LoraDeployError
 from lora_deploy.inputs import check_inputs
 from lora_deploy.terminal import make_console, print_json, show_progress
@@ -228,6 +229,7 @@ app.command()(run)
 app.command()(bench)
 app.command()(serve)
 app.command()(push)
+app.command()(web)
 app.command()(models)
 
 

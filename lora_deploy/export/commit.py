@@ -24,7 +24,16 @@ from lora_deploy.errors import OutputError
 from lora_deploy.integrity import DATA_PATTERN, MODEL_NAME, MOVING, REPORT_NAME, SIDE_FILES, stem_of
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX
 
-__all__ = ["commit", "link_or_copy", "locked", "staging_directory", "sync", "write_failure"]
+__all__ = [
+    "commit",
+    "exchange",
+    "link_or_copy",
+    "locked",
+    "staging_directory",
+    "sync",
+    "sync_tree",
+    "write_failure",
+]
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # The file system, the kernel or the C library has no exchange, or not between these directories.
@@ -121,13 +130,13 @@ def commit(staging: Path, output: Path) -> None:
     """
     output = Path(os.path.realpath(output))
     try:
-        _sync_tree(staging)
+        sync_tree(staging)
         if not _can_rename(output):
             _move_files(staging, output)
         elif output.is_dir():
             _carry_over(output, staging)
             shutil.copymode(output, staging)
-            if not _exchange(staging, output):
+            if not exchange(staging, output):
                 _move_files(staging, output)
         else:
             staging.rename(output)
@@ -146,7 +155,7 @@ def _can_rename(output: Path) -> bool:
     return output not in (here, *here.parents) and stem_of(output).parent == output.parent
 
 
-def _exchange(first: Path, second: Path) -> bool:
+def exchange(first: Path, second: Path) -> bool:
     """Let two directories change places, in one step. False where that cannot be done here, and nothing was."""
     if sys.platform != "linux":
         return False
@@ -213,7 +222,7 @@ def _move_files(staging: Path, output: Path) -> None:
                     shutil.copy2(target, previous)
             moved.append((file, target, previous))
             file.replace(target)
-        _sync_tree(output)  # all that the graph reads is on the disk before the graph is
+        sync_tree(output)  # all that the graph reads is on the disk before the graph is
         (staging / MODEL_NAME).replace(output / MODEL_NAME)
         with suppress(OSError):
             sync(output)
@@ -260,7 +269,7 @@ def _put_back(moved: list[tuple[Path, Path, Path | None]]) -> None:
                 previous.replace(target)
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
     """Every file and directory below, and the directory itself, is on the disk."""
     for path in sorted(directory.rglob("*"), reverse=True):
         if not path.is_symlink() and (path.is_file() or path.is_dir()):

@@ -1,12 +1,14 @@
 """bitsandbytes, imported without the backends of torch's compiler: the only file that imports it.
 
 On import bitsandbytes wraps some functions in `torch.compile`, which loads what compiles them there and then: most of
-the time that the import takes. Here each is wrapped when it is first called.
+the time that the import takes. Here each is wrapped when it is first called. Where the processor has AVX512-BF16 it
+warns that a kernel of its own forward is not there, which nothing here calls.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +41,12 @@ def compiled_when_called() -> Iterator[None]:
         torch.compile = compile_now
 
 
-with compiled_when_called():
-    import bitsandbytes
-    from bitsandbytes import functional
+_forward_logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+_level = _forward_logger.level
+_forward_logger.setLevel(logging.ERROR)
+try:
+    with compiled_when_called():
+        import bitsandbytes
+        from bitsandbytes import functional
+finally:
+    _forward_logger.setLevel(_level)

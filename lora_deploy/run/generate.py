@@ -23,7 +23,7 @@ from lora_deploy.run.session import OnnxSession, Weights, numpy_of
 from lora_deploy.task import is_classification
 from lora_deploy.tokenizer import load_tokenizer
 
-__all__ = ["ROOM", "OnnxModel", "pad_left"]
+__all__ = ["ROOM", "OnnxModel", "find_eos_token_ids", "pad_left"]
 
 ROOM = 2048  # new tokens that a cache has room for from the beginning; a longer answer is copied at every step
 
@@ -79,19 +79,9 @@ class OnnxModel:
         self.adapters = Adapters(self.session, self.directory)
         self.set_adapter(adapter)
         self.tokenizer = tokenizer.result()
-        self.eos_token_ids = self._find_eos_token_ids()
+        self.eos_token_ids = find_eos_token_ids(self.directory, self.tokenizer)
         self.context_length = self.session.context_length
         self.tokens_per_second: float | None = None
-
-    def _find_eos_token_ids(self) -> set[int]:
-        for name in ("generation_config.json", "config.json"):
-            file = self.directory / name
-            if not file.is_file():
-                continue
-            found = read_json(file).get("eos_token_id")
-            if found is not None:
-                return set(found) if isinstance(found, list) else {found}
-        return {self.tokenizer.eos_token_id} - {None}
 
     def set_adapter(self, adapter: str | Mapping[str, float] | None) -> None:
         """Choose the adapter of the runs to come. Costs no reload: each adapter is read and uploaded once.
@@ -287,3 +277,20 @@ def pad_left(rows: Sequence[list[int]], length: int) -> tuple[NDArray[np.int64],
     for number, row in enumerate(rows):
         ids[number, length - len(row) :], mask[number, length - len(row) :] = row, 1
     return ids, mask
+
+
+def find_eos_token_ids(directory: Path, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer.
+
+    Args:
+        directory: May hold the configurations that name them.
+        tokenizer: Whose end token it is where they don't.
+    """
+    for name in ("generation_config.json", "config.json"):
+        file = directory / name
+        if not file.is_file():
+            continue
+        found = read_json(file).get("eos_token_id")
+        if found is not None:
+            return set(found) if isinstance(found, list) else {found}
+    return {tokenizer.eos_token_id} - {None}

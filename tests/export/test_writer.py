@@ -182,7 +182,7 @@ def test_files_of_the_users_stay_in_an_export_that_is_replaced(
     (output / "generation_config.json").write_text("{}")
     output.chmod(0o750)
     if not exchange:
-        monkeypatch.setattr(commit_module, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(commit_module, "exchange", lambda first, second: False)
     result = export_onnx(base, adapter_dir("llama", r=2), overwrite=True, **again)
     export_onnx(base, adapter_dir("llama", r=2), **{**again, "output": tmp_path / "new"})
     new, found = tree(tmp_path / "new"), tree(result.output)
@@ -324,7 +324,7 @@ def test_a_failed_commit_leaves_what_was_there(tmp_path: Path, monkeypatch: pyte
     (output / "config.json").write_text("old")
     (output / "model.onnx").mkdir()  # cannot be replaced by a file
     before = tree(tmp_path)
-    monkeypatch.setattr(commit_module, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(commit_module, "exchange", lambda first, second: False)
     with staging_directory(output) as staging:
         for name in ("config.json", "new.json", "model-0123.onnx.data", "model.onnx", "adapters/a.onnx_adapter"):
             (staging / name).parent.mkdir(exist_ok=True)

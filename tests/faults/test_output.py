@@ -148,7 +148,7 @@ def _break_commit(patch: Patch, error: BaseException) -> None:
     def fail(*arguments: object) -> Any:
         raise error
 
-    patch.setattr(commit, "_exchange", fail)
+    patch.setattr(commit, "exchange", fail)
     patch.setattr(Path, "rename", fail)
 
 

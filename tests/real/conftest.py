@@ -14,6 +14,9 @@ from filelock import FileLock
 from lora_deploy import cli
 from lora_deploy.demo.model import fetch_smollm2
 from lora_deploy.demo.task import write_task
+from tests.web.conftest import opened
+
+__all__ = ["NEW_TOKENS", "Trained", "genai_tokens", "opened", "run_command", "trained", "twin_tokens"]
 
 NEW_TOKENS = 40
 

@@ -29,6 +29,8 @@ from lora_deploy.verify.metrics import compare_logits
 from lora_deploy.verify.parity import run_export, run_twin
 from lora_deploy.verify.reference import load_twin
 from tests.real.conftest import NEW_TOKENS, Trained, genai_tokens, run_command, twin_tokens
+from tests.web.conftest import Opened
+from tests.web.test_browser import ask
 
 pytestmark = pytest.mark.real
 
@@ -259,3 +261,17 @@ def test_a_fixed_branch_in_int8_takes_less_than_five_bits_a_weight(
     size = sum(initializers[name].const_value.nbytes for name in names)  # type: ignore[union-attr]
     weights = sum(weight.shape[0] * weight.shape[1] for weight in manifest.coded)
     assert 4.5 < size * 8 / weights <= 5.0
+
+
+def test_the_browser_gives_the_same_tokens(trained: Trained, export: Export, opened: Opened, tmp_path: Path) -> None:
+    directory = export("--branch")
+    run_command("web", directory, tmp_path / "page", "--quiet")
+    model = OnnxModel(directory)
+    answers = {}
+    with opened(tmp_path / "page") as page:
+        for name in (None, "trained", None):
+            model.set_adapter(name)
+            ids = model.encode(trained.prompts[0])
+            answers[name] = list(model.generate_tokens(ids, max_new_tokens=NEW_TOKENS))
+            assert ask(page, trained.prompts[0], name, NEW_TOKENS) == answers[name]
+    assert answers[None] != answers["trained"]

@@ -144,18 +144,18 @@ def _check_export(export: Path, entries: Mapping[str, str], graph: onnx.ModelPro
     return manifest
 
 
-def _write_adapters(export: Path, model: Path, manifest: Manifest) -> list[dict[str, str | None]]:
+def _write_adapters(export: Path, model: Path, manifest: Manifest) -> list[dict[str, Any]]:
     """The adapters as safetensors, each named by its content, which browsers may keep."""
     from safetensors.numpy import save
 
     if manifest.branch == "pooled":
         return [{"name": name, "file": None} for name in manifest.pool]
-    written: list[dict[str, str | None]] = []
+    written = []
     for name, file in find_adapters(export).items() if manifest.branch == "hot-swap" else ():
         content = save(read_onnx_adapter(file, manifest))
         path = model / f"adapter-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
         path.write_bytes(content)
-        written.append({"name": name, "file": path.name})
+        written.append({"name": name, "file": {"file": path.name, "bytes": len(content)}})
     return written
 
 

@@ -274,4 +274,8 @@ def test_the_browser_gives_the_same_tokens(trained: Trained, export: Export, ope
             ids = model.encode(trained.prompts[0])
             answers[name] = list(model.generate_tokens(ids, max_new_tokens=NEW_TOKENS))
             assert ask(page, trained.prompts[0], name, NEW_TOKENS) == answers[name]
+        # More tokens than the page runs at once.
+        long = " ".join([*trained.prompts * 6])
+        assert len(model.encode(long)) > 300
+        assert ask(page, long, None, 5) == list(model.generate_tokens(model.encode(long), max_new_tokens=5))
     assert answers[None] != answers["trained"]

@@ -91,6 +91,24 @@ def test_an_answer_can_be_stopped(talking_export: Callable[..., Any], opened: Op
         assert ask(page, PROMPT) == whole[:20]
 
 
+def test_a_prompt_that_is_too_long_is_refused_and_forgotten(
+    talking_export: Callable[..., Any], opened: Opened, tmp_path: Path
+) -> None:
+    export = talking_export()[1]
+    write_page(export, tmp_path / "page")
+    with opened(tmp_path / "page") as page:
+        page.fill("#prompt", "much too long " * 20)
+        page.press("#prompt", "Enter")
+        page.wait_for_selector("body[data-state=failed]")
+        assert "and the model takes 128" in page.inner_text("#status")
+        page.fill("#prompt", PROMPT)
+        page.fill("#tokens", "20")
+        page.press("#prompt", "Enter")
+        page.wait_for_selector("article.assistant[data-tokens]")
+        found = page.get_attribute("article.assistant[data-tokens]", "data-tokens")
+        assert found == " ".join(map(str, expected(export, PROMPT)))
+
+
 def test_what_is_missing_is_said(talking_export: Callable[..., Any], opened: Opened, tmp_path: Path) -> None:
     write_page(talking_export()[1], tmp_path / "page")
     (tmp_path / "page/model/tokenizer.json").unlink()

@@ -50,7 +50,7 @@ def test_a_page_holds_the_export_for_clients_that_feed_every_input(
     given |= {"position_ids"} if described["has_position_ids"] else set()
     assert given == {value.name for value in graph.input}
     for adapter in described["adapters"]:
-        found = load_file(model / adapter["file"])
+        found = load_file(model / adapter["file"]["file"])
         expected = read_onnx_adapter(export / "adapters" / f"{adapter['name']}.onnx_adapter", manifest)
         assert found.keys() == expected.keys()
         assert all(np.array_equal(found[name], values) for name, values in expected.items())

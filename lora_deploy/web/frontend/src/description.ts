@@ -6,7 +6,7 @@ export interface Description {
   data: File[];
   branch: "hot-swap" | "pooled" | "fixed" | null;
   /** Of a hot-swap export a file each; of a pooled one names alone, in the order of their ids. */
-  adapters: { name: string; file: string | null }[];
+  adapters: { name: string; file: File | null }[];
   /** A and B of every slot, which every run is given; null is the rank. */
   slots: Input[];
   /** Keys and values; null is the batch, and the tokens. */

@@ -70,6 +70,7 @@ worker.onmessage = ({ data }: MessageEvent<Told>) => {
       break;
     }
     case "failed":
+      messages.pop(); // what was not answered is no part of the chat
       fail(data.message);
   }
 };

@@ -1,11 +1,13 @@
 import type { InferenceSession, OnnxValue, Tensor } from "onnxruntime-web";
-import type { Description, Input } from "./description";
-import { fetchBytes } from "./files";
+import type { Description, File, Input } from "./description";
+import { fetchBytes, fetchOnce, forgetOthers } from "./files";
 import type { Runtime } from "./runtime";
 import { readSafetensors, type StoredTensor } from "./safetensors";
 
 type Feeds = Record<string, OnnxValue>;
 
+/** Tokens of a prompt in one run: each takes a row of logits, as wide as the vocabulary. */
+const AT_ONCE = 256;
 const ARRAYS = { float32: Float32Array, float16: Uint16Array, int8: Int8Array };
 
 /** An export in this browser: the base is loaded once, adapters go in and out between two runs. */
@@ -25,10 +27,11 @@ export class Model {
     folder: string,
     onBytes: (bytes: number) => void,
   ): Promise<Model> {
-    const graph = await fetchBytes(folder + description.graph.file, { onBytes });
+    await forgetOthers(folder, [...description.data, ...description.adapters.flatMap(({ file }) => file ?? [])]);
+    const graph = await fetchBytes(folder + description.graph.file, onBytes);
     const externalData = [];
-    for (const { file } of description.data) {
-      externalData.push({ path: file, data: await fetchBytes(folder + file, { isContentNamed: true, onBytes }) });
+    for (const file of description.data) {
+      externalData.push({ path: file.file, data: await fetchOnce(folder, file, onBytes) });
     }
     const onGpu = runtime.provider === "webgpu";
     const session = await runtime.ort.InferenceSession.create(graph, {
@@ -53,20 +56,24 @@ export class Model {
     }
     const adapter = await this.adapter(options.adapter);
     const limit = Math.min(options.maxNewTokens, context === null ? Infinity : context - prompt.length + 1);
-    let fresh = prompt;
+    let pending = prompt;
     let past = 0;
     let cache = this.emptyCache();
     try {
-      for (let made = 0; made < limit; made++) {
+      for (let made = 0; made < limit; ) {
+        const fresh = pending.slice(0, AT_ONCE);
+        pending = pending.slice(AT_ONCE);
         const outputs = await this.session.run({ ...adapter, ...cache, ...this.inputs(fresh, past) });
         dispose(cache);
         cache = {};
         for (const { name } of this.description.cache) cache[name] = outputs[presentName(name)];
+        past += fresh.length;
+        if (pending.length > 0) continue;
         const token = choose(lastRow(outputs.logits as Tensor), options.temperature);
+        made++;
         yield token;
         if (ends.includes(token)) return;
-        past += fresh.length;
-        fresh = [token];
+        pending = [token];
       }
     } finally {
       dispose(cache);
@@ -103,19 +110,19 @@ export class Model {
       feeds.adapter_ids = new this.runtime.ort.Tensor("int64", BigInt64Array.of(BigInt(found)), [1]);
     } else if (this.description.branch === "hot-swap") {
       const file = name === null ? null : this.description.adapters[found].file;
-      feeds = file === null ? this.noAdapter() : await this.fetchAdapter(this.folder + file);
+      feeds = file === null ? this.noAdapter() : await this.fetchAdapter(file);
     }
     this.adapters.set(name, feeds);
     return feeds;
   }
 
-  private async fetchAdapter(url: string): Promise<Feeds> {
-    const stored = readSafetensors(await fetchBytes(url, {}));
+  private async fetchAdapter(file: File): Promise<Feeds> {
+    const stored = readSafetensors(await fetchOnce(this.folder, file));
     const device = this.runtime.provider === "webgpu" ? await this.runtime.ort.env.webgpu.device : null;
     return Object.fromEntries(
       this.description.slots.map((input) => {
         const tensor = stored.get(input.name);
-        if (tensor?.type !== input.type) throw new Error(`${url}: ${input.name} is missing, or of another type`);
+        if (tensor?.type !== input.type) throw new Error(`${file.file}: no ${input.type} ${input.name}`);
         return [input.name, device && tensor.type !== "int8" ? this.onGpu(device, tensor) : this.onHost(tensor)];
       }),
     );

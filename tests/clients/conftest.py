@@ -46,12 +46,12 @@ def exports(talking_branch: Callable[..., Path]) -> dict[str, Path]:
 def prompts(exports: dict[str, Path]) -> Prompts:
     """Three, of different lengths."""
     model = OnnxModel(exports["merge"])
-    return Prompts([model.encode(text) for text in ("no", "Who goes?", "2 + 2, please")], model.eos_token_ids)
+    return Prompts([model.encode(text) for text in ("Ask us", "stop there", "2 + 2, please")], model.eos_token_ids)
 
 
 @pytest.fixture(scope="session")
 def ours(exports: dict[str, Path], prompts: Prompts) -> Answers:
-    """What `OnnxModel` answers; no two adapters answer a prompt alike, nor does the bare base."""
+    """What `OnnxModel` answers: no two adapters alike, nor one and the bare base; some answers end early."""
     answers: Answers = {}
     for mode, directory in exports.items():
         model = OnnxModel(directory)
@@ -64,4 +64,5 @@ def ours(exports: dict[str, Path], prompts: Prompts) -> Answers:
     assert answers["merge"]["a"] == answers["pooled"]["a"]
     for several in zip(*answers["pooled"].values(), strict=True):
         assert len(set(map(tuple, several))) == len(several)
+    assert {len(answer) < NEW_TOKENS for found in answers["pooled"].values() for answer in found} == {True, False}
     return answers

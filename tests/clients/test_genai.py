@@ -40,9 +40,11 @@ def decode(directory: Path, rows: list[list[int]], adapter: Path | None) -> list
         adapters.load(str(adapter), "one")
         generator.set_active_adapter(adapters, "one")
     generator.append_tokens(np.array(rows, np.int32))
+    steps = []
     while not generator.is_done():
         generator.generate_next_token()
-    return [generator.get_sequence(row)[len(ids) :].tolist() for row, ids in enumerate(rows)]
+        steps.append(generator.get_next_tokens())  # with the end token, which its sequences leave out
+    return np.stack(steps, 1).tolist()  # type: ignore[no-any-return]
 
 
 def test_an_adapter_of_a_pool_is_chosen_by_a_file(

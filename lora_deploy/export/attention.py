@@ -163,12 +163,16 @@ def _replace(model: ir.Model, call: ir.Node, shared: _SharedInputs) -> None:
 
 
 def _remove(model: ir.Model, nodes: list[ir.Node]) -> None:
-    """Remove nodes that nothing reads any more, and what only they read of the tables of rotations."""
+    """Remove nodes that nothing reads any more, and what only they read: tables of rotations, widths of a Split."""
     gathers = {
         value.producer() for node in nodes if node.op_type == "RotaryEmbedding" for value in node.inputs[1:] if value
     }
+    constants = {value for node in nodes if node.op_type == "Split" for value in node.inputs[1:] if value}
     for node in nodes:
         model.graph.remove(node, safe=True)
+    for value in constants:
+        if not value.uses():
+            model.graph.initializers.pop(str(value.name), None)
     for gather in gathers:
         if gather is not None and not gather.outputs[0].uses():
             model.graph.remove(gather, safe=True)

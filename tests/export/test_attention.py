@@ -66,6 +66,9 @@ def test_it_is_taken_on_a_cpu_and_reads_one_product_where_nothing_is_added_to_it
     # llama: gate and up only. The biases of qwen2 and gpt2 are added to q, k and v apart.
     assert operators["Split"] == {"llama": 2, "qwen2": 4, "gpt2": 2}[family]
     assert read_json(directory / "genai_config.json")["search"]["past_present_share_buffer"] is True
+    # onnxruntime warns of each initializer that no node reads.
+    graph = onnx.load(directory / "model.onnx", load_external_data=False).graph
+    assert {tensor.name for tensor in graph.initializer} <= {name for node in graph.node for name in node.input}
 
 
 @pytest.mark.parametrize("family", TINY_FAMILIES)

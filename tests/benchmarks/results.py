@@ -61,7 +61,7 @@ def write_results(results: Results, directory: Path) -> None:
     (directory / f"{_NAME}.json").write_text(text, encoding="utf-8")
     (directory / f"{_NAME}.md").write_text(results.markdown(), encoding="utf-8")
     bars = [
-        (f"{part}: {name} ({entry['unit']})", float(entry["ratio"]))
+        (f"{part}: {name.removeprefix(f'{part}, ')} ({entry['unit']})", float(entry["ratio"]))
         for part, entries in results.parts.items()
         for name, entry in entries.items()
         if entry["ratio"] is not None
@@ -74,6 +74,7 @@ def _draw(bars: list[tuple[str, float]], file: Path) -> None:
     """Ratios as bars from 1, which is the peer, on a logarithmic scale. Of a rate more is better, of the rest less."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(11, 1.2 + 0.32 * len(bars)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -85,6 +86,9 @@ def _draw(bars: list[tuple[str, float]], file: Path) -> None:
     axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(base=2))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.margins(x=0.15)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel("ours / peer; green: faster, or less time or memory")

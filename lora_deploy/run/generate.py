@@ -36,6 +36,7 @@ class OnnxModel:
         adapter: The adapter to begin with, as `set_adapter` takes it.
         provider: "cpu" or "cuda".
         weights: How weights that are kept as codes run, as `OnnxSession` takes it.
+        threads: How many share one operator, as `OnnxSession` takes it.
 
     Attributes:
         adapters: The adapters that it can run with.
@@ -58,6 +59,7 @@ class OnnxModel:
         *,
         provider: Literal["cpu", "cuda"] = "cpu",
         weights: Weights = "stored",
+        threads: int | None = None,
     ) -> None:
         self.directory = Path(directory)
         if exported_task(self.directory) == "seq2seq-lm":
@@ -69,7 +71,7 @@ class OnnxModel:
         # onnxruntime opens a graph without Python, so that there is time for the tokenizer.
         with ThreadPoolExecutor(1) as beside:
             tokenizer = beside.submit(load_tokenizer, self.directory)
-            self.session = OnnxSession(self.directory, provider, weights)
+            self.session = OnnxSession(self.directory, provider, weights, threads=threads)
         if self.session.manifest is not None and is_classification(self.session.manifest.task):
             raise UsageError(
                 "this export is a classifier: it writes no text",

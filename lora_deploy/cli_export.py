@@ -187,7 +187,10 @@ def export(
         use_huge_pages()
         with light_imports():
             from lora_deploy.export import export_onnx
+        if layout == "triton":
+            from lora_deploy.export.triton import check_one_graph
 
+            check_one_graph(model)
         result = export_onnx(
             model,
             adapters,

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_deploy.errors import OutputError, UsageError
+from lora_deploy.inputs.json_files import read_json
+from lora_deploy.inputs.model import local_directory
 from lora_deploy.integrity import MODEL_NAME
+from lora_deploy.task import find_task
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["CONFIG_FILE", "triton_config", "write_triton_config"]
+__all__ = ["CONFIG_FILE", "check_one_graph", "triton_config", "write_triton_config"]
 
 CONFIG_FILE = "config.pbtxt"
 _TYPES = {
@@ -55,6 +58,29 @@ def _tensor(kind: str, value: ir.Value, optional: bool = False) -> list[str]:
     return [f'{kind} [ {{ name: "{value.name}" data_type: {_TYPES[value.dtype.name]} dims: [ {dims} ]{more} }} ]']
 
 
+def check_one_graph(model: str | Path) -> None:
+    """Refuse an encoder-decoder before it is exported, as far as its configuration is at hand.
+
+    Args:
+        model: The base: a directory, or an id of the hub, which is left for later.
+
+    Raises:
+        UsageError: It is an encoder-decoder, whose graphs are three.
+    """
+    directory = local_directory(model)
+    config = read_json(directory / "config.json") if directory is not None else {}
+    if find_task(config.get("architectures")) == "seq2seq-lm":
+        raise _several_graphs(str(model))
+
+
+def _several_graphs(found: str) -> UsageError:
+    return UsageError(
+        "an encoder-decoder is three graphs, which are no one model of Triton's",
+        found=found,
+        remedy="export it without --layout, and write an ensemble of the graphs by hand",
+    )
+
+
 def write_triton_config(export: Path, *, gpu: bool) -> None:
     """Write `config.pbtxt` beside the directory of an export, as one change.
 
@@ -70,11 +96,7 @@ def write_triton_config(export: Path, *, gpu: bool) -> None:
 
     model = ir.load(str(export / MODEL_NAME))
     if not len(model.graph):
-        raise UsageError(
-            "an encoder-decoder is three graphs, which are no one model of Triton's",
-            found=export,
-            remedy="write an ensemble of them by hand; the export itself is whole",
-        )
+        raise _several_graphs(str(export))
     name = export.resolve().parent.name
     file = export.parent / CONFIG_FILE
     partial = file.with_name(f".{CONFIG_FILE}.{os.getpid()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = ["Pieces"]
@@ -15,12 +16,13 @@ class Pieces:
 
     Args:
         tokenizer: What decodes it.
+        after: The end of the text that it goes on with; empty where it begins anew, without a space in front.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, after: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []  # of the last piece, and of what is not shown yet
-        self._shown = 0  # of them
+        self._tokens = list(after)  # of the last piece, and of what is not shown yet
+        self._shown = len(self._tokens)  # of them
 
     def add(self, token: int) -> str:
         """What there is to show after the next token; empty while a character is not complete."""

@@ -68,7 +68,8 @@ def create_app(
     ) -> JSONResponse | StreamingResponse:
         check_name(asked.model, app.state.names())
         adapter = asked.model if asked.model in adapter_names(model.directory, manifest) else None
-        generation = _Generation(model, asked.stops, len(prompt))
+        after = prompt[-1:] if isinstance(asked, CompletionRequest) else []
+        generation = _Generation(Pieces(model.tokenizer, after), asked.stops, len(prompt))
         sampling = asked.sampling(limit)
         job = app.state.engine.submit(
             prompt, adapter, sampling, generation.tell, bounded=sampling.max_new_tokens != _CHAT_TOKENS
@@ -91,11 +92,11 @@ def create_app(
 class _Generation:
     """An answer on its way from the engine's thread to the event loop."""
 
-    def __init__(self, model: OnnxModel, stops: list[str], prompt_tokens: int) -> None:
+    def __init__(self, pieces: Pieces, stops: list[str], prompt_tokens: int) -> None:
         self.reason: str | None = None
         self.tokens = 0
         self._prompt_tokens = prompt_tokens
-        self._pieces = Pieces(model.tokenizer)
+        self._pieces = pieces
         self._stops = stops
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._loop = asyncio.get_running_loop()

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 import pytest
+import torch
 from google.protobuf import text_format
+from safetensors.torch import save_file
 
 from lora_deploy.adapter import write_adapter
 from lora_deploy.integrity import check_files
 from tests.commands import Command, assert_one_message, command
 from tests.conftest import CheckpointFactory, random_adapter, tiny_model
+from tests.encoder_decoders import save_t5
 
 __all__ = ["command"]
 
@@ -87,4 +91,16 @@ def test_a_configuration_that_is_there_stays(asked: list[object], tmp_path: Path
 
 def test_a_layout_that_is_none(asked: list[object], tmp_path: Path, command: Command) -> None:
     assert_one_message(command(*asked, "--merge", "--layout", "tritn"), 2, "tritn", "plain or triton")
+    assert not (tmp_path / "models").exists()
+
+
+def test_an_encoder_decoder_is_refused_before_it_is_exported(tmp_path: Path, command: Command) -> None:
+    save_t5("gated", tmp_path / "base")
+    rest = ("--adapter", tmp_path / "adapter", "--merge", "--quiet", "--output", tmp_path / "models" / "t5")
+    config = {"peft_type": "LORA", "task_type": "SEQ_2_SEQ_LM", "r": 2, "target_modules": ["q", "v"]}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    save_file({"base_model.model.x.q.lora_A.weight": torch.zeros(2, 4)}, tmp_path / "adapter/adapter_model.safetensors")
+    ended = command("export", "--model", tmp_path / "base", *rest, "--layout", "triton")
+    assert_one_message(ended, 2, "an encoder-decoder is three graphs", tmp_path / "base")
     assert not (tmp_path / "models").exists()

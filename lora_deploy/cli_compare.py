@@ -85,6 +85,6 @@ def export_comparison(context: typer.Context, adapters: Mapping[str, str | Path]
     if found.measured:
         yardstick = found.measured[0].name
         console.print(f"speed is a multiple of that of {yardstick}, in turns; tokens/s say little on a busy machine")
-    console.print(f"numbers and picture are in {asked['output']}", soft_wrap=True, markup=False)
+    console.print(f"numbers and pictures are in {asked['output']}; open its report.html", soft_wrap=True, markup=False)
     if asked["as_json"]:
         print_json(found.model_dump())

@@ -16,7 +16,7 @@ from lora_deploy.errors import OutputError, UsageError
 from lora_deploy.inputs import check_inputs
 from lora_deploy.light_imports import light_imports
 from lora_deploy.memory import use_huge_pages
-from lora_deploy.terminal import make_console, print_json, print_report, show_progress
+from lora_deploy.terminal import make_console, print_json, print_page, print_report, show_progress
 
 if TYPE_CHECKING:
     from lora_deploy.requantize import Requantization
@@ -227,6 +227,7 @@ def export(
     if result.kept_base:
         console.print("base: the weights of the export that was replaced, which are the same")
     console.print(f"{result.bytes / 1e6:,.1f} MB in {result.output}", soft_wrap=True, markup=False)
+    print_page(console, result.output)
     if push_to_hub is not None:
         from lora_deploy.hub import push_to_hub as send
 
@@ -318,6 +319,7 @@ def verify(
             on_progress=on_progress,
         )
     print_report(console, report)
+    print_page(console, directory)
     if as_json:
         print_json(report.model_dump())
     report.require(directory)

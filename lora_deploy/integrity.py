@@ -1,8 +1,9 @@
 """Every file of an export is the one that was written: hashes in the graph, and a seal on the graph itself.
 
 `model.onnx` records the SHA-256 of every other file in its `metadata_props`, and its own, taken with zeros in the
-place of the digest. `parity.json`, which `verify` writes anew, carries such a seal too, and names the graph that it
-is about. A seal finds damage and mistakes. It is no signature: who can write the files can make it anew.
+place of the digest. `parity.json` and `report.html`, which `verify` writes anew, carry such seals too, and name what
+they are about: the graph, and the page also the report. A seal finds damage and mistakes. It is no signature: who can
+write the files can make it anew.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = [
     "MODEL_NAME",
     "MOVING",
     "OWN_PATTERN",
+    "PAGE_NAME",
     "REPORT_NAME",
     "SEAL_ENTRY",
     "SIDE_FILES",
@@ -39,7 +41,7 @@ __all__ = [
     "stem_of",
 ]
 
-MODEL_NAME, REPORT_NAME = "model.onnx", "parity.json"
+MODEL_NAME, REPORT_NAME, PAGE_NAME = "model.onnx", "parity.json", "report.html"
 # What a tokenizer or its chat template may be made of; onnxruntime-genai and optimum read the same files.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -68,7 +70,9 @@ _SEALS = {
     # A metadata entry in protobuf: the key, then field 2 (0x12) of 64 bytes (0x40).
     MODEL_NAME: re.compile(re.escape(SEAL_ENTRY.encode()) + rb"\x12\x40(" + _HEX + rb")"),
     REPORT_NAME: re.compile(rb'"report_sha256": "(' + _HEX + rb')"'),
+    PAGE_NAME: re.compile(rb'<meta name="lora-deploy:page_sha256" content="(' + _HEX + rb')">'),
 }
+_NAMES_SEAL = '<meta name="lora-deploy:{}_sha256" content="{}">'
 _PIECE = 1 << 22
 
 
@@ -90,10 +94,10 @@ def hash_file(file: Path) -> str:
 
 
 def seal_bytes(name: str, content: bytes) -> bytes:
-    """The content of a graph or report, with its own SHA-256 in the place of the zeros.
+    """The content of a graph, report or page, with its own SHA-256 in the place of the zeros.
 
     Args:
-        name: `MODEL_NAME` or `REPORT_NAME`.
+        name: `MODEL_NAME`, `REPORT_NAME` or `PAGE_NAME`.
         content: Holds `UNSEALED` in the place of its seal, once.
     """
     (place,) = _SEALS[name].finditer(content)
@@ -102,7 +106,7 @@ def seal_bytes(name: str, content: bytes) -> bytes:
 
 
 def seal_of(name: str, content: bytes) -> str | None:
-    """The seal of a graph or report, if it has one and it is whole."""
+    """The seal of a graph, report or page, if it has one and it is whole."""
     places = list(_SEALS[name].finditer(content))
     if len(places) != 1:
         return None
@@ -157,9 +161,10 @@ def check_files(directory: Path) -> dict[str, str]:
             raise CheckpointError(
                 "a file is not of this export, and would be read with it", file=directory / name, remedy="remove it"
             )
-    report = directory / REPORT_NAME
-    if report.is_file():
-        _check_report(report, seal)
+    report, page = directory / REPORT_NAME, directory / PAGE_NAME
+    checked = _check_report(report, seal) if report.is_file() else None
+    if page.is_file():
+        _check_page(page, seal, checked)
     adapters = find_adapters(directory)
     for name in sorted(converted_later(directory, entries)):
         check_sealed(adapters[name])
@@ -175,13 +180,13 @@ def find_adapters(directory: Path) -> dict[str, Path]:
 
 
 def export_files(directory: Path, entries: Mapping[str, str]) -> list[Path]:
-    """The files of an export: those that its graph records, the graph, the report, and the adapters, later ones too.
+    """The files of an export: those that its graph records, the graph, the report, its page, and all adapters.
 
     Args:
         directory: The export.
         entries: The graph's `metadata_props`.
     """
-    names = {MODEL_NAME, REPORT_NAME, *recorded_files(entries, directory / MODEL_NAME)}
+    names = {MODEL_NAME, REPORT_NAME, PAGE_NAME, *recorded_files(entries, directory / MODEL_NAME)}
     found = {directory / name for name in names if (directory / name).is_file()}
     return sorted(found | set(find_adapters(directory).values()))
 
@@ -226,9 +231,11 @@ def _check_file(file: Path, sha256: str) -> None:
         )
 
 
-def _check_report(report: Path, seal: str) -> None:
+def _check_report(report: Path, seal: str) -> str:
+    """Returns the report's own seal."""
     content = report.read_bytes()
-    if seal_of(REPORT_NAME, content) is None:
+    own = seal_of(REPORT_NAME, content)
+    if own is None:
         raise CheckpointError(
             "the parity report is damaged, or was changed after the check",
             file=report,
@@ -242,3 +249,23 @@ def _check_report(report: Path, seal: str) -> None:
             expected=f"model_sha256 {seal[:16]}…",
             remedy="remove it, and verify again",
         )
+    return own
+
+
+def _check_page(page: Path, seal: str, report: str | None) -> None:
+    content = page.read_bytes()
+    if seal_of(PAGE_NAME, content) is None:
+        raise CheckpointError(
+            "the page of the parity report is damaged, was changed, or is not of lora-deploy",
+            file=page,
+            expected="the bytes that its own page_sha256 is of",
+            remedy="remove it, and verify again",
+        )
+    for name, what, expected in (("model", "export", seal), ("report", "report", report)):
+        if expected is not None and _NAMES_SEAL.format(name, expected).encode() not in content:
+            raise CheckpointError(
+                f"the page of the parity report is of another {what}",
+                file=page,
+                expected=f"{name}_sha256 {expected[:16]}…",
+                remedy="remove it, and verify again",
+            )

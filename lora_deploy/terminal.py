@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from lora_deploy.verify import ParityReport
     from lora_deploy.verify.codes import CodesResult
 
-__all__ = ["make_console", "print_json", "print_report", "show_progress"]
+__all__ = ["make_console", "print_json", "print_page", "print_report", "show_progress"]
 
 
 def make_console(quiet: bool = False, as_json: bool = False) -> Console:
@@ -71,6 +72,15 @@ def print_report(console: Console, report: ParityReport) -> None:
             f"KL {gap.mean_kl:.1e} from the trained function",
             soft_wrap=True,
         )
+
+
+def print_page(console: Console, directory: Path) -> None:
+    """Where the pictures of a parity check are, if it left some."""
+    from lora_deploy.integrity import PAGE_NAME
+
+    page = directory / PAGE_NAME
+    if page.is_file():
+        console.print(f"pictures: {page}", soft_wrap=True, markup=False)
 
 
 def _describe_codes(codes: CodesResult) -> str:

@@ -19,7 +19,8 @@ def save_graph(model: ir.Model, directory: Path) -> None:
     files = {name: hash_file(directory / name) for name in recorded if (directory / name).is_file()}
     model.metadata_props[FILES_ENTRY] = json.dumps(files)
     write_model(model, directory)
-    (directory / "parity.json").unlink(missing_ok=True)  # it is of another graph
+    for name in ("parity.json", "report.html"):
+        (directory / name).unlink(missing_ok=True)  # it is of another graph
 
 
 def reseal(directory: Path) -> None:

@@ -26,6 +26,7 @@ REPORT_KEYS = {
     "codes",
     "control_failed",
     "deployment",
+    "layers",
     "max_kl",
     "notes",
     "passed",
@@ -134,6 +135,7 @@ def test_the_screen_shows_the_table_and_quiet_shows_nothing(exporting: list[obje
         "1e-06",
         "must fail",
         "MB in",
+        "report.html",
         str(exporting[-1]),
     ):
         assert text in ended.out.replace("\n", "")

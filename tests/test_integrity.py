@@ -40,7 +40,7 @@ def other(branch_export: BranchFactory) -> BranchExport:
 def test_the_graph_records_every_other_file(made: Path) -> None:
     recorded = recorded_files(read_metadata(made), made / "model.onnx")
     files = {path.relative_to(made).as_posix(): path for path in made.rglob("*") if path.is_file()}
-    assert set(files) - set(recorded) == {"model.onnx", "parity.json"}
+    assert set(files) - set(recorded) == {"model.onnx", "parity.json", "report.html"}
     assert recorded == {name: hash_file(files[name]) for name in recorded}
     assert check_files(made) == read_metadata(made)
 
@@ -69,6 +69,16 @@ CHANGES: dict[str, tuple[Callable[[Path, Path], object], list[str]]] = {
             re.sub('"mean_kl": [^,]*', '"mean_kl": 0.0', (own / "parity.json").read_text())
         ),
         ["the parity report is damaged", "parity.json"],
+    ),
+    "the page of another export": (
+        lambda own, other: shutil.copyfile(other / "report.html", own / "report.html"),
+        ["the page of the parity report is of another export", "report.html", "model_sha256"],
+    ),
+    "a page that says what it did not": (
+        lambda own, other: (own / "report.html").write_text(
+            (own / "report.html").read_text().replace("at most", "about", 1)
+        ),
+        ["the page of the parity report is damaged", "report.html"],
     ),
     "an adapter of another base": (
         lambda own, other: shutil.copyfile(other / "adapters/one.onnx_adapter", own / "adapters/one.onnx_adapter"),

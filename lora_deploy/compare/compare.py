@@ -20,6 +20,8 @@ from lora_deploy.errors import LoraDeployError, OutputError, UsageError
 from lora_deploy.export.commit import staging_directory
 from lora_deploy.export.export import export_onnx
 from lora_deploy.export.plan import ExportPlan, plan_export
+from lora_deploy.integrity import PAGE_NAME
+from lora_deploy.pages.comparison_page import comparison_page
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.text import Text
 from lora_deploy.run.session import OnnxSession, import_onnxruntime
@@ -54,8 +56,8 @@ def compare_precisions(
 
     Every candidate is exported without a parity check beside `output`, opened in onnxruntime, measured, and removed:
     the disk holds one at a time, and the trained function's logits. Only the first stays open, for the speed of the
-    others is measured in turns with its own. `output` gets `comparison.json`, and
-    `comparison.png` where matplotlib is installed.
+    others is measured in turns with its own. `output` gets `comparison.json`,
+    `report.html`, which shows it, and `comparison.png` where matplotlib is installed.
 
     Args:
         model: The training base: a local directory or a hub id.
@@ -232,18 +234,16 @@ def _command(
 
 
 def _write(comparison: Comparison, work: Path, output: Path) -> None:
-    """Picture and numbers; the numbers come last."""
+    """Page, picture and numbers; the numbers come last."""
     if can_draw():
         draw_comparison(comparison, work / PICTURE_NAME)
-    else:
-        comparison.warnings.append(
-            'there is no picture, for matplotlib is not installed: pip install "lora-deploy[train]"'
-        )
+    page = comparison_page(comparison)
     with _writing(output):
+        (work / PAGE_NAME).write_bytes(page)
         comparison.save(work)
         output.mkdir(exist_ok=True)
         (output / PICTURE_NAME).unlink(missing_ok=True)
-        for name in (PICTURE_NAME, REPORT_NAME):
+        for name in (PICTURE_NAME, PAGE_NAME, REPORT_NAME):
             if (work / name).is_file():
                 (work / name).replace(output / name)
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_deploy.compare.report import Comparison
 from lora_deploy.errors import OutputError
+from lora_deploy.pages.labels import Box, place_labels
 
 __all__ = ["PICTURE_NAME", "can_draw", "draw_comparison"]
 
 PICTURE_NAME = "comparison.png"
 
 _LOWEST = 1e-10  # a distance of zero has no place on a logarithmic scale
-_FREE = 4.0  # pixels between labels
 
 
 def can_draw() -> bool:
@@ -86,30 +85,19 @@ def _draw_scale(axes: Any, comparison: Comparison) -> None:
 
 def _place_labels(axes: Any, renderer: Any, points: Sequence[tuple[float, float]], names: Sequence[str]) -> None:
     """A label at each point, where it hides neither a point nor another label, with a line to a point that is far."""
-    from matplotlib.transforms import Bbox
-
-    frame = axes.get_window_extent(renderer)
-    pixels = axes.transData.transform(points)
-    taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in pixels]
-    taken += [text.get_window_extent(renderer) for text in axes.texts]
-    for (x, y), point, name in sorted(zip(map(tuple, pixels), points, names, strict=True)):
-        arrow = {"arrowstyle": "-", "color": "grey", "linewidth": 0.7, "shrinkB": 4}
-        label = axes.annotate(
-            name, point, xytext=(0, 0), textcoords="offset pixels", fontsize=9, va="center", arrowprops=arrow
-        )
-        size = label.get_window_extent(renderer)
-        for dx, dy in _offsets(size.width, size.height):
-            box = Bbox.from_bounds(x + dx, y + dy - size.height / 2, size.width, size.height)
-            inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
-            if inside and not any(box.padded(_FREE).overlaps(other) for other in taken):
-                break
-        label.set_position((dx, dy))
-        taken.append(box)
+    pixels = [(float(x), float(y)) for x, y in axes.transData.transform(points)]
+    arrow = {"arrowstyle": "-", "color": "grey", "linewidth": 0.7, "shrinkB": 4}
+    texts = [_box(text.get_window_extent(renderer)) for text in axes.texts]
+    labels = [
+        axes.annotate(name, point, xytext=(0, 0), textcoords="offset pixels", fontsize=9, va="center", arrowprops=arrow)
+        for point, name in zip(points, names, strict=True)
+    ]
+    boxes = [label.get_window_extent(renderer) for label in labels]
+    frame = _box(axes.get_window_extent(renderer))
+    sizes = [(box.width, box.height) for box in boxes]
+    for label, place in zip(labels, place_labels(pixels, sizes, frame, texts), strict=True):
+        label.set_position(place)
 
 
-def _offsets(width: float, height: float) -> Iterator[tuple[float, float]]:
-    """Places of a label's left middle around its point, in pixels, the nearest first."""
-    beside = (12.0, -12.0 - width, -width / 2)
-    rings = [0.0, *itertools.chain.from_iterable((step, -step) for step in (20.0, 35.0, 50.0, 70.0, 90.0, 115.0))]
-    for dy, dx in itertools.product(rings, beside):
-        yield dx, dy
+def _box(extent: Any) -> Box:
+    return Box(extent.x0, extent.y0, extent.x1, extent.y1)

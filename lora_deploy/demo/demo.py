@@ -18,6 +18,7 @@ from lora_deploy.export import export_onnx
 from lora_deploy.quantization import QuantizationScheme
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.run import OnnxModel
+from lora_deploy.terminal import print_page
 from lora_deploy.train import TrainOptions, train_adapter
 from lora_deploy.verify.reference import load_twin
 
@@ -99,6 +100,7 @@ def run_demo(
         )
     assert result.report is not None
     console.print(result.report.table())
+    print_page(console, output)
 
     console.rule("4. The answers")
     with console.status("asking the trained model and its export"):

@@ -21,7 +21,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lora_deploy.errors import OutputError
-from lora_deploy.integrity import DATA_PATTERN, MODEL_NAME, MOVING, REPORT_NAME, SIDE_FILES, stem_of
+from lora_deploy.integrity import DATA_PATTERN, MODEL_NAME, MOVING, PAGE_NAME, REPORT_NAME, SIDE_FILES, stem_of
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX
 
 __all__ = [
@@ -197,7 +197,7 @@ def link_or_copy(source: str | Path, target: str | Path) -> None:
 def is_of_export(name: Path) -> bool:
     if name.parent != Path():
         return name.name.endswith((ADAPTER_SUFFIX, f"{ADAPTER_SUFFIX}.partial"))
-    return name.suffix == ".onnx" or name.match(DATA_PATTERN) or str(name) in (REPORT_NAME, *SIDE_FILES)
+    return name.suffix == ".onnx" or name.match(DATA_PATTERN) or str(name) in (REPORT_NAME, PAGE_NAME, *SIDE_FILES)
 
 
 def _move_files(staging: Path, output: Path) -> None:

@@ -207,6 +207,7 @@ def _warnings(plan: ExportPlan, codes_sha256: str | None) -> tuple[str, ...]:
 def _prove(
     plan: ExportPlan, staging: Path, data: Path | None, max_kl: float | None, on_progress: OnProgress
 ) -> ParityReport:
+    from lora_deploy.pages.parity_page import save_report
     from lora_deploy.verify import check_module, check_parity
 
     if isinstance(plan.base, ModuleBase):
@@ -224,6 +225,6 @@ def _prove(
             max_kl=max_kl,
             on_progress=on_progress,
         )
-    report.save(staging)
+    save_report(staging, report, {name: lora.source for name, lora in plan.adapters.items()})
     report.require(plan.output)
     return report

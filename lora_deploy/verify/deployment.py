@@ -24,6 +24,7 @@ from lora_deploy.task import is_classification
 from lora_deploy.verify.batches import Batch, make_batches
 from lora_deploy.verify.deployed import DeployedWeights, load_deployed_twin
 from lora_deploy.verify.deployment_report import DeploymentResult
+from lora_deploy.verify.layers import errors_by_layer, run_unpadded
 from lora_deploy.verify.metrics import compare_logits
 from lora_deploy.verify.reference import apply_live, compute_class_logits, compute_logits, load_twin
 from lora_deploy.verify.texts import Logits, TextResult, compare_on_text
@@ -88,12 +89,22 @@ def measure_deployment(
     layers, survives = _survival(weights, base, adapter)
     twin = load_deployed_twin(weights, base, adapter) if deployed is None else deployed
     trained = load_twin(base) if adapter is None else apply_live(load_twin(base), adapter)
+    cache_errors: list[float] = []
     if is_classification(base.task):
         results = [_compare_classes(trained, twin, batch) for batch in make_batches(base)]
     else:
         without = _without_update(trained) if adapter is not None else None
         results = [compare_on_text(text, _logits(trained), _logits(twin), without) for text in texts]
-    return DeploymentResult(texts=results, bits=_stored_bits(weights, base), survives=survives, layers=layers)
+        batches = make_batches(base)
+        errors = errors_by_layer(run_unpadded(trained, batches).layers, run_unpadded(twin, batches).layers)
+        cache_errors = errors or []
+    return DeploymentResult(
+        texts=results,
+        bits=_stored_bits(weights, base),
+        survives=survives,
+        layers=layers,
+        cache_errors=cache_errors,
+    )
 
 
 def _logits(model: PreTrainedModel) -> Logits:

@@ -28,6 +28,8 @@ class DeploymentResult(BaseModel):
         survives: Share of the adapter's update that the deployed weights still hold, over all layers: how far they
             moved from the base in the update's direction, 1 for all of it; None where there is no update.
         layers: The same of each layer.
+        cache_errors: Relative errors of the keys and values of each decoder layer, the larger of the two, the deployed
+            weights against the trained ones; empty where there is no cache.
     """
 
     adapter: str = ""
@@ -35,6 +37,7 @@ class DeploymentResult(BaseModel):
     bits: float
     survives: float | None = None
     layers: dict[str, float] = {}
+    cache_errors: list[float] = []
 
     @property
     def largest_kl(self) -> float:

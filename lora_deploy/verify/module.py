@@ -21,6 +21,7 @@ from lora_deploy.export.module_base import ModuleBase
 from lora_deploy.export.traced import DTYPES
 from lora_deploy.integrity import check_files
 from lora_deploy.layers.model import adapted_layers
+from lora_deploy.pages.parity_page import save_report
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.session import OnnxSession, numpy_dtype
 from lora_deploy.verify.codes import check_adapter_codes, check_codes
@@ -82,7 +83,7 @@ def verify_module(
     for name, lora in adapters.items():
         expect_same(hash_adapter(lora), recorded[name]["sha256"], "adapter", lora.source, "adapter")
     report = check_module(directory, base, adapters, provider=provider)
-    report.save(directory)
+    save_report(directory, report, {name: lora.source for name, lora in adapters.items()})
     return report
 
 

@@ -20,16 +20,15 @@ from lora_deploy.verify.codes import check_adapter_codes, check_codes
 from lora_deploy.verify.conclude import conclude
 from lora_deploy.verify.deployed import DeployedWeights, load_deployed_twin, take_update_out
 from lora_deploy.verify.deployment import DeploymentResult, held_out_texts, measure_deployment
+from lora_deploy.verify.layers import Ran, errors_by_layer, run_batches
 from lora_deploy.verify.metrics import compare_logits
 from lora_deploy.verify.reference import (
     apply_live,
-    compute_class_logits,
-    compute_logits,
     load_live_model,
     load_twin,
     put_parameters,
 )
-from lora_deploy.verify.report import CaseResult, Metrics, ParityReport, check_comparison
+from lora_deploy.verify.report import CaseResult, LayerErrors, Metrics, ParityReport, check_comparison
 from lora_deploy.verify.sessions import Exported, open_sessions, run_export
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
 
@@ -88,7 +87,7 @@ def check_parity(
     with open_sessions(directory, provider, weights) as sessions:
         tolerance = TOLERANCES[sessions.row]
         exported = Exported(sessions, directory, references.batches)
-        results = _run_cases(references, exported, tolerance, on_progress)
+        results, layers = _run_cases(references, exported, tolerance, on_progress)
     return conclude(
         results,
         tolerance,
@@ -99,34 +98,44 @@ def check_parity(
         activation_rounding=exported.activation_rounding,
         deployment=references.deployment,
         max_kl=max_kl,
+        layers=layers,
         bitsandbytes_gap=_bitsandbytes_gap(base, next(iter(adapters.values()), None), references.batches[0]),
     )
 
 
 def _run_cases(
     references: _References, exported: Exported, tolerance: Tolerance, on_progress: Callable[[str, int, int], None]
-) -> list[CaseResult]:
+) -> tuple[list[CaseResult], list[LayerErrors]]:
     """The export bare, where it can be run so, with each adapter, and with several at once."""
     adapters, batches, branch = references.adapters, references.batches, references.manifest.branch
     results: list[CaseResult] = []
+    layers: list[LayerErrors] = []
+
+    def compare(label: str, trained: Ran, found: Ran, without: Ran | None) -> None:
+        control = None if without is None else without.logits
+        results.extend(compare_all(label, batches, trained.logits, found.logits, control, tolerance))
+        errors = errors_by_layer(trained.layers, found.layers)
+        if errors is not None:
+            others = None if without is None else errors_by_layer(trained.layers, without.layers)
+            layers.append(LayerErrors(adapter=label, export=errors, control=others))
+
     alone = None if references.weights.is_merged and adapters else references.run_bare()
     mixed = MixedBatch(batches, list(adapters)) if branch == "pooled" else None
     if alone is not None and (branch in ("hot-swap", "pooled") or not adapters):
         label = "no adapter" if branch else ""
-        results += compare_all(label, batches, alone, exported.run(None), None, tolerance)
+        compare(label, alone, exported.run(None), None)
     if mixed and alone is not None:
-        mixed.keep(None, alone)
+        mixed.keep(None, alone.logits)
     on_progress("verifying", 1, len(adapters) + 1)
     for number, name in enumerate(adapters):
         trained, control = references.run_adapter(name)
         built_in = branch in (None, "fixed")
         found = exported.run(None if built_in else name)
-        without = alone if control is None else control
-        results += compare_all("" if built_in else name, batches, trained, found, without, tolerance)
+        compare("" if built_in else name, trained, found, alone if control is None else control)
         if mixed:
-            mixed.keep(name, trained)
+            mixed.keep(name, trained.logits)
         on_progress("verifying", number + 2, len(adapters) + 1)
-    return results + (mixed.compare(exported, tolerance) if mixed else [])
+    return results + (mixed.compare(exported, tolerance) if mixed else []), layers
 
 
 class _References:
@@ -145,27 +154,24 @@ class _References:
         self.batches = make_batches(base)
         self.deployment: DeploymentResult | None = None
 
-    def run_bare(self) -> list[torch.Tensor]:
+    def run_bare(self) -> Ran:
         """The twin without an adapter."""
         twin = load_deployed_twin(self.weights, self.base, None)
         put_parameters(twin, _trained_head(self.base, self.adapters))
         if not self.adapters:
             self._measure(twin, None)
-        return self._run(twin)
+        return run_batches(twin, self.batches)
 
-    def run_adapter(self, name: str) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    def run_adapter(self, name: str) -> tuple[Ran, Ran | None]:
         """The twin with an adapter; and without its update, where that is inside of the weights."""
         adapter = self.adapters[name]
         twin = load_deployed_twin(self.weights, self.base, adapter)
-        logits = self._run(twin)
+        ran = run_batches(twin, self.batches)
         self._measure(twin, name)
         if not self.weights.is_merged:
-            return logits, None
+            return ran, None
         take_update_out(twin, self.base, adapter)
-        return logits, self._run(twin)
-
-    def _run(self, twin: PreTrainedModel) -> list[torch.Tensor]:
-        return [_run_model(twin, batch) for batch in self.batches]
+        return ran, run_batches(twin, self.batches)
 
     def _measure(self, twin: PreTrainedModel, name: str | None) -> None:
         if self.deployment is not None or not self.weights.differs:
@@ -199,7 +205,7 @@ def run_twin(base: TrainingBase, adapter: LoraAdapter | None, batches: Sequence[
     twin = load_twin(base)
     if adapter is not None:
         apply_live(twin, adapter)
-    return [_run_model(twin, batch) for batch in batches]
+    return run_batches(twin, batches).logits
 
 
 def _bitsandbytes_gap(base: TrainingBase, adapter: LoraAdapter | None, batch: Batch) -> Metrics | None:
@@ -211,9 +217,4 @@ def _bitsandbytes_gap(base: TrainingBase, adapter: LoraAdapter | None, batch: Ba
     except InputError:  # an adapter that trains a quantized layer whole, which bitsandbytes' layers cannot hold
         return None
     reference = run_twin(base, adapter, [batch])[0]
-    return compare_logits(reference, _run_model(live, batch), batch.attention_mask, 0.0)
-
-
-def _run_model(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    compute = compute_class_logits if is_classification(batch.task) else compute_logits
-    return compute(model, batch.input_ids, batch.attention_mask)
+    return compare_logits(reference, run_batches(live, [batch]).logits[0], batch.attention_mask, 0.0)

@@ -25,7 +25,15 @@ from lora_deploy.quantization.bnb import bitsandbytes as bnb
 from lora_deploy.quantization.model import is_linear
 from lora_deploy.task import auto_class, is_classification
 
-__all__ = ["apply_live", "compute_class_logits", "compute_logits", "load_live_model", "load_twin", "put_parameters"]
+__all__ = [
+    "apply_live",
+    "compute_class_logits",
+    "compute_logits",
+    "compute_logits_and_cache",
+    "load_live_model",
+    "load_twin",
+    "put_parameters",
+]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -120,8 +128,21 @@ def compute_logits(model: PreTrainedModel, input_ids: torch.Tensor, attention_ma
     Returns:
         float32 (batch, length, vocabulary); rows of padding hold nothing of meaning.
     """
+    return cast(torch.Tensor, _run(model, input_ids, attention_mask, use_cache=False).logits.float())
+
+
+@torch.inference_mode()
+def compute_logits_and_cache(
+    model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, Any]:
+    """As `compute_logits`, and the cache that transformers leaves; None for a model that has none."""
+    output = _run(model, input_ids, attention_mask, use_cache=True)
+    name = "cache" if hasattr(output, "cache") else "past_key_values"  # the older name, before transformers 5.24
+    return output.logits.float(), getattr(output, name, None)
+
+
+def _run(model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, use_cache: bool) -> Any:
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp_(min=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
-        output = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-    return cast(torch.Tensor, output.logits.float())
+        return model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache)

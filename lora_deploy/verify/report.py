@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import BaseModel
 
 from lora_deploy.errors import DataError, OutputError, ParityError, UsageError
-from lora_deploy.integrity import MODEL_NAME, REPORT_NAME, UNSEALED, seal_bytes, seal_of
+from lora_deploy.integrity import MODEL_NAME, PAGE_NAME, REPORT_NAME, UNSEALED, seal_bytes, seal_of
 from lora_deploy.verify.codes import CodesResult
 from lora_deploy.verify.deployment_report import DeploymentResult
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["CaseResult", "Metrics", "ParityReport", "check_comparison"]
+__all__ = ["CaseResult", "LayerErrors", "Metrics", "ParityReport", "check_comparison"]
 
 
 def check_comparison(data: Path | None, max_kl: float | None) -> None:
@@ -83,6 +83,20 @@ class CaseResult(BaseModel):
         return f"{self.adapter}: {self.name}" if self.adapter else self.name
 
 
+class LayerErrors(BaseModel):
+    """Relative errors of the keys and values of each layer, the larger of the two, first layer first.
+
+    Attributes:
+        adapter: As in the cases.
+        export: The export against the twin.
+        control: The base without its adapter against the twin; None where there is no adapter.
+    """
+
+    adapter: str = ""
+    export: list[float]
+    control: list[float] | None = None
+
+
 class ParityReport(BaseModel):
     """The whole check.
 
@@ -93,6 +107,8 @@ class ParityReport(BaseModel):
         cases: What was run.
         control_failed: Whether the base alone fails the gate, as it must; None where there is no adapter.
         passed: The gate.
+        layers: How far what each layer leaves in the cache is off, for each adapter; empty where there is no cache. No
+            part of the gate.
         codes: What the comparison of the codes found; None where no weight is kept as codes.
         activation_rounding: What rounding activations to int8 (accuracy level 4) adds, at worst: the export as it is
             against the same graph without; no part of the gate, but that it is finite. None where nothing is rounded.
@@ -110,6 +126,7 @@ class ParityReport(BaseModel):
     cases: list[CaseResult]
     control_failed: bool | None
     passed: bool
+    layers: list[LayerErrors] = []
     codes: CodesResult | None = None
     activation_rounding: Metrics | None = None
     deployment: DeploymentResult | None = None
@@ -139,6 +156,8 @@ class ParityReport(BaseModel):
     def save(self, directory: Path) -> None:
         """Write `parity.json`, sealed, with the seal of the graph that it is about (`lora_deploy.integrity`).
 
+        The page that shows an older one goes.
+
         Raises:
             OutputError: It could not be written; an older one is as it was.
         """
@@ -149,6 +168,7 @@ class ParityReport(BaseModel):
             values = {**self.model_dump(), "model_sha256": graph, "report_sha256": UNSEALED}
             text = json.dumps(values, indent=2, sort_keys=True) + "\n"
             partial.write_bytes(seal_bytes(REPORT_NAME, text.encode()))
+            (directory / PAGE_NAME).unlink(missing_ok=True)  # it shows the older one
             partial.replace(file)
         except OSError as error:
             with suppress(OSError):
@@ -248,7 +268,7 @@ class ParityReport(BaseModel):
         ):
             justify: Literal["left", "right"] = "left" if heading in ("case", "") else "right"
             table.add_column(heading, footer, justify=justify, no_wrap=True)
-        for case in self._rows():
+        for case in self.rows():
             table.add_row(
                 case.label,
                 f"{case.export.max_abs:.1e}",
@@ -260,7 +280,7 @@ class ParityReport(BaseModel):
             )
         return table
 
-    def _rows(self) -> list[CaseResult]:
+    def rows(self) -> list[CaseResult]:
         """The cases; where there are adapters to choose from, one row each, with the worst of every metric."""
         groups: dict[str, list[CaseResult]] = {}
         for case in self.cases:

@@ -14,9 +14,10 @@ import torch
 
 from lora_deploy.manifest import Manifest
 from lora_deploy.run.adapters import Adapters
-from lora_deploy.run.session import OnnxSession, Weights, import_onnxruntime
+from lora_deploy.run.session import Cache, OnnxSession, Weights, import_onnxruntime
 from lora_deploy.task import is_classification
 from lora_deploy.verify.batches import Batch
+from lora_deploy.verify.layers import Ran, layers_of
 from lora_deploy.verify.metrics import compare_logits, worst_of
 from lora_deploy.verify.report import Metrics
 from lora_deploy.verify.shadow import write_float32_shadow
@@ -85,35 +86,45 @@ class Exported:
         self.adapters = Adapters(sessions.gated, directory)
         self.activation_rounding: Metrics | None = None
 
-    def run(self, adapter: str | None) -> list[torch.Tensor]:
-        """Logits of each batch, with one adapter for all rows."""
+    def run(self, adapter: str | None) -> Ran:
+        """Every batch, with one adapter for all rows."""
         inputs = self.adapters.inputs(adapter)
-        return [self._run(batch, inputs) for batch in self.batches]
+        logits, layers = [], None
+        for batch in self.batches:
+            found, cache = self._run(batch, inputs)
+            logits.append(found)
+            layers = layers_of(batch, cache) or layers
+        return Ran(logits, layers)
 
     def run_rows(self, batch: Batch, adapters: Sequence[str | None]) -> torch.Tensor:
         """Logits of one batch, with an adapter for each row."""
-        return self._run(batch, self.adapters.row_inputs(adapters))
+        return self._run(batch, self.adapters.row_inputs(adapters))[0]
 
-    def _run(self, batch: Batch, inputs: Mapping[str, Any]) -> torch.Tensor:
-        logits = run_export(self.sessions.gated, batch, inputs)
+    def _run(self, batch: Batch, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, Cache]:
+        logits, cache = _run_with_cache(self.sessions.gated, batch, inputs)
         if self.sessions.deployed is not None:
             rounded = run_export(self.sessions.deployed, batch, inputs)
             for _, tokens, mask in batch.phases():
                 found = compare_logits(logits[:, tokens], rounded[:, tokens], mask, tie_margin=0.0)
                 self.activation_rounding = worst_of([found, self.activation_rounding])
-        return logits
+        return logits, cache
 
 
 def run_export(session: OnnxSession, batch: Batch, adapter: Mapping[str, Any]) -> torch.Tensor:
     """Logits of the whole batch, the last tokens one by one through the cache."""
+    return _run_with_cache(session, batch, adapter)[0]
+
+
+def _run_with_cache(session: OnnxSession, batch: Batch, adapter: Mapping[str, Any]) -> tuple[torch.Tensor, Cache]:
+    """As `run_export`, and the cache at the end, which a classifier has not."""
     ids, mask = batch.input_ids.numpy(), batch.attention_mask.numpy()
     if is_classification(batch.task):
         classes = torch.from_numpy(session.forward(ids, mask, adapter=adapter)[0])
-        return classes if classes.ndim == 3 else classes[:, None]
+        return classes if classes.ndim == 3 else classes[:, None], {}
     first = batch.prefilled
     logits, cache = session.forward(ids[:, :first], mask[:, :first], adapter=adapter)
     parts = [logits]
     for end in range(first + 1, ids.shape[1] + 1):
         logits, cache = session.forward(ids[:, end - 1 : end], mask[:, :end], cache, adapter)
         parts.append(logits)
-    return torch.from_numpy(np.concatenate(parts, axis=1))
+    return torch.from_numpy(np.concatenate(parts, axis=1)), cache

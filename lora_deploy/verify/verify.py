@@ -14,6 +14,7 @@ from lora_deploy.errors import CheckpointError, InputError, UsageError
 from lora_deploy.export.merge import drop_copies, hash_adapter, open_base
 from lora_deploy.integrity import MODEL_NAME, base_key, check_files, converted_later, find_adapters
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest
+from lora_deploy.pages.parity_page import save_report
 from lora_deploy.places import find_place, remember_place
 from lora_deploy.run.session import Weights, check_weights
 from lora_deploy.verify.parity import check_parity
@@ -96,7 +97,7 @@ def verify(
     if unchecked:
         report.notes.append(f"not checked: {', '.join(unchecked)}; name one with --adapter NAME=DIR")
     if recorded <= set(adapters):  # else it would say less than what is there
-        report.save(directory)
+        save_report(directory, report, {name: lora.source for name, lora in adapters.items()})
     return report
 
 

@@ -77,7 +77,7 @@ def test_what_keeps_more_is_nearer_and_the_base_alone_is_furthest(
 
 def test_numbers_and_picture_are_written_and_nothing_else(compared: tuple[Comparison, Path, Path, Path]) -> None:
     found, output, *_ = compared
-    assert sorted(file.name for file in output.iterdir()) == ["comparison.json", "comparison.png"]
+    assert sorted(file.name for file in output.iterdir()) == ["comparison.json", "comparison.png", "report.html"]
     assert Comparison.model_validate_json((output / "comparison.json").read_text()) == found
     assert (output / "comparison.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in output.parent.iterdir()] == ["out"]

@@ -24,10 +24,11 @@ FLIPS = 500
 FILES = [
     *(("merge", name) for name in ("model.onnx", "model-*.onnx.data", "config.json", "generation_config.json")),
     *(("merge", name) for name in ("genai_config.json", "parity.json", "tokenizer.json", "tokenizer_config.json")),
-    ("merge", "chat_template.jinja"),
+    *(("merge", name) for name in ("chat_template.jinja", "report.html")),
     *(("branch", name) for name in ("model.onnx", "model-*.onnx.data", "config.json", "generation_config.json")),
     *(("branch", name) for name in ("genai_config.json", "parity.json", "tokenizer.json", "tokenizer_config.json")),
     *(("branch", name) for name in ("chat_template.jinja", "adapters/one.onnx_adapter", "adapters/two.onnx_adapter")),
+    ("branch", "report.html"),
 ]
 
 

@@ -1,0 +1,1 @@
+"""Pages for people: what was measured, as one HTML file that needs no network."""

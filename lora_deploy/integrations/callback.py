@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from lora_deploy.errors import LoraDeployError, UsageError
 from lora_deploy.integrations.trained import save_trained, write_adapter_of
-from lora_deploy.terminal import make_console, print_report, show_progress
+from lora_deploy.terminal import make_console, print_page, print_report, show_progress
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,10 +117,11 @@ class ExportCallback(TrainerCallback):
         model: nn.Module | None = None,
         **others: Any,
     ) -> None:
-        """Write the adapter, export it, prove the export."""
+        """Write the adapter and the log of its training, export it, prove the export."""
         if not state.is_world_process_zero:
             return
         from lora_deploy.export import export_onnx
+        from lora_deploy.train.progress import LOG_NAME, log_lines, write_log
 
         assert model is not None
         assert self._record is not None
@@ -128,6 +129,9 @@ class ExportCallback(TrainerCallback):
         directory.mkdir(parents=True, exist_ok=True)
         write_adapter_of(model, directory)
         self._record.save(directory)
+        lines = log_lines(state.log_history)
+        if lines:
+            write_log(directory / LOG_NAME, lines)
         console = make_console(self._quiet)
         try:
             with show_progress(console) as on_progress:
@@ -146,6 +150,7 @@ class ExportCallback(TrainerCallback):
         if self.result.report is not None:
             print_report(console, self.result.report)
         console.print(f"{self.result.bytes / 1e6:,.1f} MB in {self.result.output}", soft_wrap=True, markup=False)
+        print_page(console, self.result.output)
 
 
 def _is_spread(args: TrainingArguments, model: nn.Module) -> bool:

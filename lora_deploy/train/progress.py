@@ -17,7 +17,16 @@ from transformers.utils import logging as transformers_logging
 
 from lora_deploy.errors import OutputError
 
-__all__ = ["LOG_NAME", "PLOT_NAME", "LogCallback", "ProgressCallback", "draw_loss", "log_lines", "quiet_libraries"]
+__all__ = [
+    "LOG_NAME",
+    "PLOT_NAME",
+    "LogCallback",
+    "ProgressCallback",
+    "draw_loss",
+    "log_lines",
+    "quiet_libraries",
+    "write_log",
+]
 
 LOG_NAME = "training_log.jsonl"
 PLOT_NAME = "loss.png"
@@ -32,6 +41,19 @@ def log_lines(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for entry in history
         if "loss" in entry or "eval_loss" in entry
     ]
+
+
+def write_log(file: Path, lines: list[dict[str, Any]], mode: str = "w") -> None:
+    """Write lines of the log, or with mode "a" add them.
+
+    Raises:
+        OutputError: It could not be written.
+    """
+    try:
+        with file.open(mode, encoding="utf-8") as log:
+            log.writelines(json.dumps(line) + "\n" for line in lines)
+    except OSError as error:
+        raise OutputError("the training log could not be written", file=file, found=str(error)) from error
 
 
 class LogCallback(TrainerCallback):
@@ -55,13 +77,8 @@ class LogCallback(TrainerCallback):
         self._write(state, "a", log_lines(state.log_history[-1:]))
 
     def _write(self, state: TrainerState, mode: str, lines: list[dict[str, Any]]) -> None:
-        if not state.is_world_process_zero:
-            return
-        try:
-            with self.file.open(mode, encoding="utf-8") as log:
-                log.writelines(json.dumps(line) + "\n" for line in lines)
-        except OSError as error:
-            raise OutputError("the training log could not be written", file=self.file, found=str(error)) from error
+        if state.is_world_process_zero:
+            write_log(self.file, lines, mode)
 
 
 class ProgressCallback(TrainerCallback):

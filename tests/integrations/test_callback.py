@@ -52,9 +52,9 @@ def arguments(directory: Path, **options: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(directory), **(settings | options))
 
 
-def train(model: nn.Module, callback: ExportCallback, directory: Path) -> Trainer:
+def train(model: nn.Module, callback: ExportCallback, directory: Path, **options: Any) -> Trainer:
     """Train it, with the callback."""
-    trainer = Trainer(model=model, args=arguments(directory), train_dataset=Rows(), callbacks=[callback])
+    trainer = Trainer(model=model, args=arguments(directory, **options), train_dataset=Rows(), callbacks=[callback])
     trainer.train()
     return trainer
 
@@ -107,7 +107,7 @@ def test_a_branch_of_an_adapter_with_a_name(checkpoint_dir: CheckpointFactory, t
     base = type(tiny_model("llama")).from_pretrained(checkpoint_dir("llama"), dtype=torch.float32)
     model = peft.get_peft_model(base, peft.LoraConfig(**SETTINGS), adapter_name="own")
     callback = ExportCallback(tmp_path / "out", adapter=tmp_path / "kept", merge=False, quiet=True)
-    train(model, callback, tmp_path / "run")
+    train(model, callback, tmp_path / "run", logging_steps=1)
     assert (tmp_path / "out" / "adapters" / "kept.onnx_adapter").is_file()
     trained = read_adapter(tmp_path / "kept").updates["model.layers.0.self_attn.q_proj"]
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
@@ -116,7 +116,10 @@ def test_a_branch_of_an_adapter_with_a_name(checkpoint_dir: CheckpointFactory, t
         "adapter_config.json",
         "adapter_model.safetensors",
         "lora_deploy.json",
+        "training_log.jsonl",
     ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "kept, step 1: training loss" in page
 
 
 def test_what_our_own_layers_trained_is_exported(checkpoint_dir: CheckpointFactory, tmp_path: Path) -> None:

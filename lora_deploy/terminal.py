@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from lora_deploy.verify import ParityReport
     from lora_deploy.verify.codes import CodesResult
 
-__all__ = ["make_console", "print_json", "print_page", "print_report", "show_progress"]
+__all__ = [
+    "describe_bitsandbytes",
+    "describe_rounded_activations",
+    "make_console",
+    "print_json",
+    "print_page",
+    "print_report",
+    "show_progress",
+]
 
 
 def make_console(quiet: bool = False, as_json: bool = False) -> Console:
@@ -55,23 +63,15 @@ def print_report(console: Console, report: ParityReport) -> None:
         size = report.codes.bytes / 1e6
         how = _describe_codes(report.codes)
         console.print(f"codes of {report.codes.layers} layers, {size:,.1f} MB: {how}", soft_wrap=True)
-    if report.activation_rounding is not None:
-        extra = report.activation_rounding
-        console.print(
-            f"accuracy level 4 rounds activations too, which is no part of the gate: KL {extra.mean_kl:.1e}, top-1 "
-            f"{extra.top1:.1%} from the same graph without",
-            soft_wrap=True,
-        )
+    rounded = describe_rounded_activations(report)
+    if rounded is not None:
+        console.print(rounded, soft_wrap=True)
     _print_deployment(console, report)
     for note in report.notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False)
-    if report.bitsandbytes_gap is not None:
-        gap = report.bitsandbytes_gap
-        console.print(
-            f"note: bitsandbytes' own forward, which quantizes activations, is itself {gap.max_abs:.2g} (max abs), "
-            f"KL {gap.mean_kl:.1e} from the trained function",
-            soft_wrap=True,
-        )
+    gap = describe_bitsandbytes(report)
+    if gap is not None:
+        console.print(f"note: {gap}", soft_wrap=True)
 
 
 def print_page(console: Console, directory: Path) -> None:
@@ -81,6 +81,28 @@ def print_page(console: Console, directory: Path) -> None:
     page = directory / PAGE_NAME
     if page.is_file():
         console.print(f"pictures: {page}", soft_wrap=True, markup=False)
+
+
+def describe_rounded_activations(report: ParityReport) -> str | None:
+    """What accuracy level 4 adds, in words; None where nothing is rounded so."""
+    if report.activation_rounding is None:
+        return None
+    extra = report.activation_rounding
+    return (
+        f"accuracy level 4 rounds activations too, which is no part of the gate: KL {extra.mean_kl:.1e}, top-1 "
+        f"{extra.top1:.1%} from the same graph without"
+    )
+
+
+def describe_bitsandbytes(report: ParityReport) -> str | None:
+    """How far bitsandbytes' own forward is from the twin, in words; None where that was not measured."""
+    if report.bitsandbytes_gap is None:
+        return None
+    gap = report.bitsandbytes_gap
+    return (
+        f"bitsandbytes' own forward, which quantizes activations, is itself {gap.max_abs:.2g} (max abs), "
+        f"KL {gap.mean_kl:.1e} from the trained function"
+    )
 
 
 def _describe_codes(codes: CodesResult) -> str:

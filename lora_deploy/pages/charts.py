@@ -1,23 +1,17 @@
-"""Charts as shapes in pixels, which `templates/chart.html` turns into SVG.
-
-They are drawn here, and not by a library, because a page must work as one file without a network, in light and in dark,
-and where matplotlib is not installed: shapes have classes, and the page's style sheet their colours.
-"""
+"""Kinds of charts: rows of marks, lines, named points, fields of colour."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
+from lora_deploy.pages.chart import LETTER, LONGEST, Anchor, Chart
 from lora_deploy.pages.labels import Box, place_labels
 from lora_deploy.pages.scales import Scale, linear_scale
 
 __all__ = [
-    "Chart",
-    "Figure",
     "Mark",
     "Panel",
     "Point",
@@ -29,101 +23,8 @@ __all__ = [
     "draw_rows",
 ]
 
-_LETTER, _LINE = 6.6, 15.0  # width and height of a letter of the style sheet's 12 px, on the safe side
-_APART = 6.0
-_LONGEST = 34  # letters of a name at an axis
-Anchor = Literal["start", "middle", "end"]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One thing to draw; `kind` says which of the attributes it has.
-
-    Attributes:
-        kind: "line", "dot", "square", "text", "rect".
-        style: Classes of the style sheet.
-        x, y: Its place: of a line unused, of a text its baseline.
-        points: Of a line, as SVG has it.
-        size: Radius, or half the side.
-        width, height: Of a rectangle.
-        text: What is written.
-        anchor: Where of a text its place is.
-        title: What is told when one points at it.
-        opacity: Of a rectangle's colour.
-        turned: Whether a text runs upwards.
-    """
-
-    kind: Literal["line", "dot", "square", "text", "rect"]
-    style: str = ""
-    x: float = 0.0
-    y: float = 0.0
-    points: str = ""
-    size: float = 4.5
-    width: float = 0.0
-    height: float = 0.0
-    text: str = ""
-    anchor: Anchor = "start"
-    title: str = ""
-    opacity: float = 1.0
-    turned: bool = False
-
-
-@dataclass
-class Chart:
-    """A picture.
-
-    Attributes:
-        width, height: Of it.
-        label: What it shows, for those who cannot see it.
-        shapes: From back to front.
-    """
-
-    width: float
-    height: float
-    label: str
-    shapes: list[Shape] = field(default_factory=list)
-
-    def line(self, points: Sequence[tuple[float, float]], style: str, title: str = "") -> None:
-        """A line through points."""
-        text = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        self.shapes.append(Shape("line", style, points=text, title=title))
-
-    def mark(self, x: float, y: float, style: str, title: str = "", *, square: bool = False, size: float = 4.5) -> None:
-        """A dot, or a square."""
-        self.shapes.append(Shape("square" if square else "dot", style, x, y, title=title, size=size))
-
-    def text(
-        self, x: float, y: float, text: str, anchor: Anchor = "start", style: str = "", *, turned: bool = False
-    ) -> None:
-        """Words; long ones are cut, and whole where one points at them."""
-        short = text if len(text) <= _LONGEST or style not in ("", "name") else f"{text[: _LONGEST - 1]}…"
-        title = text if short != text else ""
-        self.shapes.append(Shape("text", style, x, y, text=short, anchor=anchor, title=title, turned=turned))
-
-    def rect(
-        self, x: float, y: float, width: float, height: float, style: str, title: str = "", opacity: float = 1.0
-    ) -> None:
-        """A rectangle."""
-        self.shapes.append(Shape("rect", style, x, y, width=width, height=height, title=title, opacity=opacity))
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart and what is said of it.
-
-    Attributes:
-        title: Above it.
-        chart: The picture.
-        legend: Class of the style sheet, and what it stands for.
-        caption: Below it.
-        wide: Whether it takes the whole width of the page.
-    """
-
-    title: str
-    chart: Chart
-    legend: Sequence[tuple[str, str]] = ()
-    caption: str = ""
-    wide: bool = False
+_LINE = 15.0  # height of a line of text
+_APART = 6.0  # pixels between marks of one value
 
 
 @dataclass(frozen=True)
@@ -166,7 +67,7 @@ def draw_rows(names: Sequence[str], panels: Sequence[Panel], label: str, *, widt
         width: Of it all.
     """
     step, top = 25.0, 24.0 if any(panel.limits for panel in panels) else 10.0
-    left = 14 + _LETTER * max([min(len(name), _LONGEST) for name in names] or [0])
+    left = 14 + LETTER * max([min(len(name), LONGEST) for name in names] or [0])
     bottom = top + step * max(len(names), 1)
     chart = Chart(width, bottom + 42, label)
     for number, name in enumerate(names):
@@ -211,7 +112,7 @@ def _draw_ticks(chart: Chart, scale: Scale, across: tuple[float, float], down: t
     (start, width), (top, bottom) = across, down
     free = -math.inf
     for value, text in scale.ticks:
-        x, half = start + width * scale.place(value), _LETTER * len(text) / 2
+        x, half = start + width * scale.place(value), LETTER * len(text) / 2
         chart.line([(x, top), (x, bottom)], "grid")
         if x - half > free:
             chart.text(x, bottom + 17, text, "middle", "tick")
@@ -278,7 +179,7 @@ class _Frame:
 def _frame(x: Scale, y: Scale, headings: tuple[str, str], label: str, height: float) -> tuple[Chart, _Frame]:
     """An empty chart with both axes."""
     width, top = 560.0, 12.0
-    left = 40 + _LETTER * max(len(text) for _, text in y.ticks)
+    left = 40 + LETTER * max(len(text) for _, text in y.ticks)
     chart = Chart(width, height, label)
     frame = _Frame(left, top, width - left - 16, height - top - 46)
     for value, text in y.ticks:
@@ -339,13 +240,13 @@ def draw_points(
         at = frame.y(y.place(limit[0]))
         chart.line([(frame.left, at), (frame.left + frame.width, at)], "limit")
         chart.text(frame.left + 6, at + 14, limit[1], "start", "small")
-        taken.append(Box(frame.left, at, frame.left + 6 + _LETTER * len(limit[1]), at + 18))
+        taken.append(Box(frame.left, at, frame.left + 6 + LETTER * len(limit[1]), at + 18))
     corners = [(frame.x(x.place(one.x)), frame.y(y.place(one.y))) for one in frontier]
     if len(corners) > 1:
         chart.line(corners, "frontier")
         taken += [box for ends in itertools.pairwise(corners) for box in _along(*ends)]
     places = [(frame.x(x.place(one.x)), frame.y(y.place(one.y))) for one in points]
-    sizes = [(_LETTER * min(len(one.name), _LONGEST), _LINE) for one in points]
+    sizes = [(LETTER * min(len(one.name), LONGEST), _LINE) for one in points]
     inside = Box(frame.left, frame.top - 8, frame.left + frame.width + 14, frame.top + frame.height)
     for one, (left, top), (width, _), (dx, dy) in zip(
         points, places, sizes, place_labels(places, sizes, inside, taken), strict=True
@@ -378,7 +279,7 @@ def draw_heatmap(
         heading: Of the columns.
     """
     width = 1040.0
-    left = 14 + _LETTER * max([min(len(name), _LONGEST) for name in rows] or [0])
+    left = 14 + LETTER * max([min(len(name), LONGEST) for name in rows] or [0])
     step = min((width - left - 10) / max(len(columns), 1), 40.0)
     height, top = 20.0, 6.0
     bottom = top + height * len(rows)
@@ -390,7 +291,7 @@ def draw_heatmap(
     whole = Scale(0, max(len(columns), 1), tuple((number + 0.5, name) for number, name in enumerate(columns)))
     free = -math.inf
     for at, name in whole.ticks:
-        x, half = left + step * at, _LETTER * len(name) / 2
+        x, half = left + step * at, LETTER * len(name) / 2
         if x - half > free:
             chart.text(x, bottom + 14, name, "middle", "tick")
             free = x + half + 6

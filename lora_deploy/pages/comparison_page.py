@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 
 from lora_deploy.compare.report import Comparison, Row
-from lora_deploy.pages.charts import Figure, Mark, Panel, Point, draw_points, draw_rows
+from lora_deploy.pages.chart import Figure
+from lora_deploy.pages.charts import Mark, Panel, Point, draw_points, draw_rows
 from lora_deploy.pages.curves import draw_training
 from lora_deploy.pages.render import render
 from lora_deploy.pages.scales import linear_scale, log_scale, short

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_deploy.errors import LoraDeployError
-from lora_deploy.pages.charts import Chart, Series, draw_lines
+from lora_deploy.pages.chart import Chart
+from lora_deploy.pages.charts import Series, draw_lines
 from lora_deploy.pages.scales import linear_scale
 from lora_deploy.pages.training_log import Curve, read_curve
 

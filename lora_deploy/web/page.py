@@ -105,6 +105,7 @@ def write_page(
                 "graph": {"file": MODEL_NAME, "bytes": graph_bytes},
                 "data": [{"file": name, "bytes": size} for name, size in data.items()],
                 "branch": manifest.branch,
+                "computes_in": manifest.compute_dtype,
                 "adapters": adapters,
                 "slots": _inputs(graph, lambda name: name in required and name != "adapter_ids"),
                 "cache": _inputs(graph, lambda name: name.startswith("past_key_values.")),

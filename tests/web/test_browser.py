@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lora_deploy.export import export_onnx
 from lora_deploy.run import OnnxModel
 from lora_deploy.web import write_page
 from tests.web.conftest import Opened
@@ -52,6 +53,17 @@ def test_adapters_go_in_and_out(
         # The base is not loaded again.
         assert all("adapter-" in url for url in fetched)
         assert len(fetched) == (2 if branch == "hot-swap" else 0)
+
+
+def test_half_precision_runs_where_it_can(talking_export: Callable[..., Any], opened: Opened, tmp_path: Path) -> None:
+    base = talking_export()[0]
+    export = export_onnx(base, output=tmp_path / "half", precision="fp16", provider="webgpu", verify=False).output
+    write_page(export, tmp_path / "page")
+    # SwiftShader is a GPU without 16 bits.
+    with opened(tmp_path / "page", gpu=True) as page:
+        assert page.evaluate("navigator.gpu.requestAdapter().then((gpu) => gpu.features.has('shader-f16'))") is False
+        assert "WASM" in page.inner_text("#status")
+        assert ask(page, PROMPT) == expected(export, PROMPT)
 
 
 def test_a_merged_export_and_a_chat(talking_export: Callable[..., Any], opened: Opened, tmp_path: Path) -> None:

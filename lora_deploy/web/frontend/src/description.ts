@@ -4,6 +4,7 @@ export interface Description {
   graph: File;
   /** Weights, by the place that the graph names. */
   data: File[];
+  computes_in: "fp32" | "fp16";
   branch: "hot-swap" | "pooled" | "fixed" | null;
   /** Of a hot-swap export a file each; of a pooled one names alone, in the order of their ids. */
   adapters: { name: string; file: File | null }[];

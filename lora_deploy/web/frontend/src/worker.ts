@@ -30,13 +30,13 @@ async function load(folder: string): Promise<void> {
     const onBytes = (bytes: number) => tell({ kind: "progress", done: (done += bytes), total });
     return Model.load(runtime, description, folder, onBytes);
   };
-  let runtime = await loadRuntime(true);
+  let runtime = await loadRuntime(description.computes_in);
   try {
     model = await open(runtime);
   } catch (error) {
     if (runtime.provider === "wasm") throw error;
     console.warn("The GPU cannot run this model:", error);
-    runtime = await loadRuntime(false);
+    runtime = await loadRuntime("nothing a GPU can run");
     model = await open(runtime);
   }
   chat = new Chat(await fetchJson<object>(`${folder}tokenizer.json`), description);

@@ -21,7 +21,7 @@ __all__ = ["serve"]
 def serve(
     directory: Annotated[Path, typer.Argument(help="What export wrote.", metavar="OUT")],
     host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for every network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What the base is called. [default: its directory]")] = None,
     api_key: Annotated[
         str | None,

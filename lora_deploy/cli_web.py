@@ -19,7 +19,7 @@ def web(
     page: Annotated[Path, typer.Argument(help="Directory of the page.", metavar="PAGE")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older page.")] = False,
     serve: Annotated[bool, typer.Option("--serve", help="Serve it to this machine until Ctrl-C.")] = False,
-    port: Annotated[int, typer.Option(help="Port to serve it at.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve it at; 0 for a free one.")] = 8080,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -27,13 +27,13 @@ def web(
     from lora_deploy.web import make_server, write_page
 
     console = make_console(quiet, as_json)
+    server = make_server(page, port) if serve else None  # a port that is taken, before anything is written
     with console.status("writing the page, the first time building it"):
         written = write_page(directory, page, overwrite=overwrite)
     if as_json:
         print_json(asdict(written))
     adapters = f", adapters {', '.join(written.adapters)}" if written.adapters else ""
     console.print(f"{page}: a page of {written.bytes / 1e6:,.0f} MB{adapters}", soft_wrap=True, markup=False)
-    if serve:
-        server = make_server(page, port)
+    if server is not None:
         console.print(f"http://127.0.0.1:{server.server_port}", soft_wrap=True, markup=False)
         server.serve_forever()

@@ -25,6 +25,7 @@ from lora_deploy.integrity import DATA_PATTERN, MODEL_NAME, MOVING, PAGE_NAME, R
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX
 
 __all__ = [
+    "can_rename",
     "commit",
     "exchange",
     "link_or_copy",
@@ -131,7 +132,7 @@ def commit(staging: Path, output: Path) -> None:
     output = Path(os.path.realpath(output))
     try:
         sync_tree(staging)
-        if not _can_rename(output):
+        if not can_rename(output):
             _move_files(staging, output)
         elif output.is_dir():
             _carry_over(output, staging)
@@ -146,7 +147,7 @@ def commit(staging: Path, output: Path) -> None:
         sync(output.parent)
 
 
-def _can_rename(output: Path) -> bool:
+def can_rename(output: Path) -> bool:
     """Whether a new directory may take the place: of no mount point, and not below somebody's feet."""
     try:
         here = Path.cwd()

@@ -7,13 +7,16 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lora_deploy.compare.report import Comparison, Row
 from lora_deploy.pages.chart import Figure
 from lora_deploy.pages.charts import Mark, Panel, Point, draw_points, draw_rows
 from lora_deploy.pages.curves import draw_training
 from lora_deploy.pages.render import render
 from lora_deploy.pages.scales import linear_scale, log_scale, short
+
+if TYPE_CHECKING:
+    from lora_deploy.compare.report import Comparison, Row
 
 __all__ = ["comparison_page", "frontier"]
 

@@ -27,13 +27,11 @@ class Training:
         chart: None where no adapter has a log.
         legend: Class of the style sheet, and what it stands for.
         notes: What the reader should know.
-        losses: First and last loss of each adapter that has a log: name, kind, first step and loss, last step and loss.
     """
 
     chart: Chart | None = None
     legend: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    losses: list[tuple[str, str, tuple[int, float], tuple[int, float]]] = field(default_factory=list)
 
 
 def draw_training(adapters: Mapping[str, str | Path]) -> Training:
@@ -67,7 +65,6 @@ def draw_training(adapters: Mapping[str, str | Path]) -> Training:
             titles = [f"{name}, step {step:g}: {kind} loss {loss:.4g}" for step, loss in drawn] if marked else []
             series.append(Series(which, drawn, titles))
             found.legend.append((which, kind if len(curves) == 1 else name))
-            found.losses.append((name, kind, points[0], points[-1]))
     everything = [point for one in series for point in one.points]
     found.chart = draw_lines(
         series,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_deploy.pages.chart import Figure
 from lora_deploy.pages.charts import Mark, Panel, Series, count_scale, draw_heatmap, draw_lines, draw_rows
 from lora_deploy.pages.scales import linear_scale, log_scale
-from lora_deploy.verify.report import ParityReport
+
+if TYPE_CHECKING:
+    from lora_deploy.verify.report import ParityReport
 
 __all__ = ["cases_figure", "layers_figure", "survival_figure", "texts_figure"]
 

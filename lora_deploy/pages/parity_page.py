@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_deploy.entries import recorded_adapters, recorded_base, recorded_scheme
 from lora_deploy.errors import OutputError
@@ -17,7 +18,9 @@ from lora_deploy.pages.parity_figures import cases_figure, layers_figure, surviv
 from lora_deploy.pages.render import render
 from lora_deploy.pages.scales import short
 from lora_deploy.terminal import describe_bitsandbytes, describe_rounded_activations
-from lora_deploy.verify.report import Metrics, ParityReport
+
+if TYPE_CHECKING:
+    from lora_deploy.verify.report import Metrics, ParityReport
 
 __all__ = ["parity_page", "save_report"]
 

@@ -60,7 +60,8 @@ def read_curve(directory: str | Path) -> Curve | None:
         except (OSError, ValueError) as error:
             raise AdapterError("the log of the training cannot be read", file=file, found=str(error)[:200]) from error
         curve = Curve(_losses(entries, "loss"), _losses(entries, "eval_loss"))
-        return curve if curve.loss or curve.eval_loss else None
+        if curve.loss or curve.eval_loss:
+            return curve
     return None
 
 
@@ -103,6 +104,8 @@ def _losses(entries: Iterable[Any], name: str) -> tuple[tuple[int, float], ...]:
     found: dict[int, float] = {}
     for entry in entries:
         step, loss = (entry.get("step"), entry.get(name)) if isinstance(entry, Mapping) else (None, None)
-        if type(step) is int and 0 <= step < _LARGEST_STEP and type(loss) is float and math.isfinite(loss):
+        if isinstance(loss, int) and not isinstance(loss, bool) and abs(loss) < _LARGEST_STEP:
+            loss = float(loss)
+        if type(step) is int and 0 <= step < _LARGEST_STEP and isinstance(loss, float) and math.isfinite(loss):
             found[step] = loss
     return tuple(sorted(found.items()))

@@ -41,7 +41,8 @@ class Pieces:
         return piece
 
     def _new(self) -> str:
-        before, now = self._decode(self._tokens[: self._shown]), self._decode(self._tokens)
+        # A prompt may end inside a character, which the first tokens complete.
+        before, now = self._decode(self._tokens[: self._shown]).rstrip("\ufffd"), self._decode(self._tokens)
         return now[len(before) :]
 
     def _decode(self, tokens: list[int]) -> str:

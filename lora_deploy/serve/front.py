@@ -153,7 +153,7 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 class _Guard:
-    """Refuses requests without the key, and bodies that no prompt needs, before they are read."""
+    """Refuses requests without the key, and bodies that no prompt needs, before anything makes sense of them."""
 
     def __init__(self, app: Any, api_key: str | None) -> None:
         self._app, self._key = app, api_key
@@ -163,7 +163,7 @@ class _Guard:
             await self._app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        if self._key is not None and scope["path"] != "/health":
+        if self._key is not None and scope["path"].removeprefix(scope.get("root_path", "")) != "/health":
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, f"Bearer {self._key}".encode()):
                 error = describe("the API key is missing or wrong", "invalid_request_error", "invalid_api_key")
@@ -196,15 +196,15 @@ async def _read_body(receive: Any, largest: int) -> bytes | None:
     What is too large is read to its end all the same, and not kept: a connection that is closed with bytes unread is
     reset, and the client never sees why. Beyond _LARGEST_READ bytes it is no mistake any more.
     """
-    parts: list[bytes] = []
+    body = bytearray()  # not a list: a body may come in pieces of a byte
     size = 0
     while True:
         message = await receive()
         if message["type"] == "http.request":
             size += len(message.get("body", b""))
             if size <= largest:
-                parts.append(message.get("body", b""))
+                body += message.get("body", b"")
             else:
-                parts.clear()
+                body.clear()
         if message["type"] != "http.request" or not message.get("more_body", False) or size > _LARGEST_READ:
-            return b"".join(parts) if size <= largest else None
+            return bytes(body) if size <= largest else None

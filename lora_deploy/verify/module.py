@@ -21,7 +21,6 @@ from lora_deploy.export.module_base import ModuleBase
 from lora_deploy.export.traced import DTYPES
 from lora_deploy.integrity import check_files
 from lora_deploy.layers.model import adapted_layers
-from lora_deploy.pages.parity_page import save_report
 from lora_deploy.run.adapters import Adapters
 from lora_deploy.run.session import OnnxSession, numpy_dtype
 from lora_deploy.verify.codes import check_adapter_codes, check_codes
@@ -29,6 +28,7 @@ from lora_deploy.verify.conclude import conclude
 from lora_deploy.verify.metrics import compare_logits, is_within, worst_of
 from lora_deploy.verify.reference import apply_live
 from lora_deploy.verify.report import CaseResult, Metrics, ParityReport
+from lora_deploy.verify.saving import save_verified
 from lora_deploy.verify.sessions import open_sessions
 from lora_deploy.verify.tolerances import TOLERANCES, Tolerance
 from lora_deploy.verify.verify import expect_same
@@ -47,7 +47,7 @@ def verify_module(
     example_inputs: Examples,
     provider: str = "cpu",
 ) -> ParityReport:
-    """Compare the export of a module, that is there already, with the module; `parity.json` is written anew.
+    """Compare the export of a module, that is there already, with the module; its report is written anew.
 
     Args:
         directory: The export.
@@ -83,7 +83,7 @@ def verify_module(
     for name, lora in adapters.items():
         expect_same(hash_adapter(lora), recorded[name]["sha256"], "adapter", lora.source, "adapter")
     report = check_module(directory, base, adapters, provider=provider)
-    save_report(directory, report, {name: lora.source for name, lora in adapters.items()})
+    save_verified(directory, entries, report, {name: lora.source for name, lora in adapters.items()})
     return report
 
 

@@ -14,11 +14,11 @@ from lora_deploy.errors import CheckpointError, InputError, UsageError
 from lora_deploy.export.merge import drop_copies, hash_adapter, open_base
 from lora_deploy.integrity import MODEL_NAME, base_key, check_files, converted_later, find_adapters
 from lora_deploy.manifest import ADAPTER_DIRECTORY, ADAPTER_SUFFIX, Manifest
-from lora_deploy.pages.parity_page import save_report
 from lora_deploy.places import find_place, remember_place
 from lora_deploy.run.session import Weights, check_weights
 from lora_deploy.verify.parity import check_parity
 from lora_deploy.verify.report import ParityReport, check_comparison
+from lora_deploy.verify.saving import save_verified
 
 __all__ = ["expect_same", "verify"]
 
@@ -37,7 +37,7 @@ def verify(
 ) -> ParityReport:
     """Compare an export with the base and the adapters it was made from.
 
-    `parity.json` is written anew where all of them are checked.
+    `parity.json` and `report.html` are written anew where all of them are checked.
 
     Args:
         directory: The export.
@@ -97,7 +97,7 @@ def verify(
     if unchecked:
         report.notes.append(f"not checked: {', '.join(unchecked)}; name one with --adapter NAME=DIR")
     if recorded <= set(adapters):  # else it would say less than what is there
-        save_report(directory, report, {name: lora.source for name, lora in adapters.items()})
+        save_verified(directory, entries, report, {name: lora.source for name, lora in adapters.items()})
     return report
 
 

@@ -19,7 +19,7 @@ __all__ = ["build_bundle"]
 SOURCE = Path(__file__).with_name("frontend")
 # What of the source is no source.
 _MADE = ("node_modules", "dist")
-_NEEDS = "Node.js 20.19 or later with npm, which fetches onnxruntime-web and Vite"
+_NEEDS = "Node.js 20.19, or 22.12 and later, with npm, which fetches onnxruntime-web and Vite"
 
 
 def build_bundle() -> Path:

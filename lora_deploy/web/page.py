@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_deploy.entries import FILES_ENTRY, recorded_files
-from lora_deploy.errors import CheckpointError, OutputError, UsageError
-from lora_deploy.export.commit import exchange, link_or_copy, staging_directory, sync_tree, write_failure
+from lora_deploy.errors import CheckpointError, InputError, OutputError, UsageError
+from lora_deploy.export.commit import can_rename, exchange, link_or_copy, staging_directory, sync_tree, write_failure
 from lora_deploy.export.required_inputs import require_inputs
+from lora_deploy.inputs.json_files import read_json
 from lora_deploy.integrity import DATA_PATTERN, MODEL_NAME, SEAL_ENTRY, check_files, find_adapters
 from lora_deploy.manifest import Manifest
 from lora_deploy.run.adapter_files import read_onnx_adapter
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Page", "write_page"]
 
-_MODEL_DIRECTORY, _DESCRIPTION = "model", "model.json"
+_MODEL_DIRECTORY, _DESCRIPTION, _MADE_BY = "model", "model.json", "lora-deploy web"
+# What a page is made of; whatever else lies in its directory is somebody's own.
+_PARTS = {"index.html", "assets", "_headers", _MODEL_DIRECTORY}
 # A WebAssembly program's memory ends here, weights and all.
 _MOST_BYTES = 4 << 30
 _TYPES = {1: "float32", 3: "int8", 10: "float16"}  # onnx.TensorProto.DataType, by onnxruntime-web's names
@@ -41,7 +45,8 @@ class Page:
     Attributes:
         directory: The page; `index.html` is in it.
         adapters: Names of the adapters that a visitor can choose from.
-        bytes: What a visitor's browser fetches before it answers.
+        bytes: Of graph and weights. A visitor's browser fetches them once, the tokenizer, and onnxruntime-web, which is
+            14 MB, or 27 with WebGPU.
     """
 
     directory: Path
@@ -60,7 +65,7 @@ def write_page(
     Args:
         export: What `lora-deploy export` wrote: a causal language model, in any precision but bfloat16.
         output: The page's directory.
-        overwrite: Replace an older page.
+        overwrite: Replace an older page; what is not of it stays.
 
     Raises:
         InputError: The export is damaged, or no such model.
@@ -69,7 +74,7 @@ def write_page(
     """
     import onnx
 
-    export, output = Path(export), Path(output)
+    asked, export, output = Path(output), Path(export), Path(os.path.realpath(output))
     _check_output(output, overwrite)
     entries = check_files(export)
     graph = onnx.load(str(export / MODEL_NAME), load_external_data=False)
@@ -101,11 +106,12 @@ def write_page(
             tokenizer = load_tokenizer(export)
             (model / "tokenizer.json").write_text(_backend_of(tokenizer, export), encoding="utf-8")
             description = {
+                "made_by": _MADE_BY,
                 "name": export.resolve().name,
                 "graph": {"file": MODEL_NAME, "bytes": graph_bytes},
                 "data": [{"file": name, "bytes": size} for name, size in data.items()],
                 "branch": manifest.branch,
-                "computes_in": manifest.compute_dtype,
+                "gpu": _needed_of_gpu(graph, manifest),
                 "adapters": adapters,
                 "slots": _inputs(graph, lambda name: name in required and name != "adapter_ids"),
                 "cache": _inputs(graph, lambda name: name.startswith("past_key_values.")),
@@ -119,16 +125,33 @@ def write_page(
             _put(staging, output)
         except OSError as error:
             raise write_failure(output, error) from error
-    return Page(output, tuple(str(adapter["name"]) for adapter in adapters), sum(data.values()) + graph_bytes)
+    return Page(asked, tuple(str(adapter["name"]) for adapter in adapters), sum(data.values()) + graph_bytes)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
     if not output.exists():
         return
-    if not (output / _MODEL_DIRECTORY / _DESCRIPTION).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputError("something else is there", file=output, expected="a new directory, or a page")
-    if not overwrite and output.is_dir() and any(output.iterdir()):
+    if not output.is_dir() or (any(output.iterdir()) and not _is_page(output)):
+        raise OutputError(
+            "something else is there", file=output, expected="a new or empty directory, or a page of lora-deploy's"
+        )
+    if not overwrite and any(output.iterdir()):
         raise OutputError("there is a page already", file=output, remedy="replace it with --overwrite")
+    if not can_rename(output):
+        raise OutputError(
+            "a page takes its place in one step, which this place does not allow",
+            file=output,
+            expected="a directory that can be renamed: no mount point, not the working directory",
+            remedy="write it into another directory, and copy it",
+        )
+
+
+def _is_page(output: Path) -> bool:
+    file = output / _MODEL_DIRECTORY / _DESCRIPTION
+    try:
+        return read_json(file).get("made_by") == _MADE_BY if file.is_file() else False
+    except InputError:
+        return False
 
 
 def _check_export(export: Path, entries: Mapping[str, str], graph: onnx.ModelProto) -> Manifest:
@@ -143,6 +166,15 @@ def _check_export(export: Path, entries: Mapping[str, str], graph: onnx.ModelPro
             "browsers have no bfloat16", found=file, remedy="export with --precision int4, or another that is not bf16"
         )
     return manifest
+
+
+def _needed_of_gpu(graph: onnx.ModelProto, manifest: Manifest) -> str | None:
+    """The type that a GPU must compute in; None where onnxruntime-web's kernels for it are wrong.
+
+    Its GroupQueryAttention with a bias on WebGPU (1.30) is: from prompts of 32 tokens on the text is another.
+    """
+    biased = any(node.op_type == "GroupQueryAttention" and any(node.input[10:11]) for node in graph.graph.node)
+    return None if biased else manifest.compute_dtype
 
 
 def _write_adapters(export: Path, model: Path, manifest: Manifest) -> list[dict[str, Any]]:
@@ -186,9 +218,17 @@ def _headers() -> str:
 
 
 def _put(staging: Path, output: Path) -> None:
-    sync_tree(staging)
     if not output.exists():
+        sync_tree(staging)
         staging.rename(output)
-    elif not exchange(staging, output):  # a page is made anew in no time: it need not survive a loss of power
-        shutil.rmtree(output)
+        return
+    for path in output.iterdir():
+        if path.name not in _PARTS:
+            copy = shutil.copytree if path.is_dir() and not path.is_symlink() else link_or_copy
+            copy(path, staging / path.name)
+    sync_tree(staging)
+    if not exchange(staging, output):
+        older = staging.with_name(f"{staging.name}.older")
+        output.rename(older)
         staging.rename(output)
+        shutil.rmtree(older, ignore_errors=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from lora_deploy.errors import UsageError
 
@@ -31,6 +33,13 @@ class _Handler(SimpleHTTPRequestHandler):
         pass
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that goes in the middle of a file is no error of the server's."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 def make_server(directory: str | Path, port: int = 0, host: str = "127.0.0.1") -> ThreadingHTTPServer:
     """Make a server of a page, which answers once its `serve_forever` runs.
 
@@ -43,10 +52,10 @@ def make_server(directory: str | Path, port: int = 0, host: str = "127.0.0.1") -
         UsageError: The port is taken, or the host is none of this machine.
     """
     try:
-        return ThreadingHTTPServer((host, port), partial(_Handler, directory=str(directory)))
-    except OSError as error:
+        return _Server((host, port), partial(_Handler, directory=str(directory)))
+    except (OSError, OverflowError) as error:
         raise UsageError(
             "the server could not start",
-            found=f"{host}:{port}: {error.strerror or error}",
+            found=f"{host}:{port}: {getattr(error, 'strerror', None) or error}",
             remedy="choose another --port",
         ) from error

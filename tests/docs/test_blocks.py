@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -140,6 +141,10 @@ def serving(block: Block) -> Iterator[None]:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
+        else:
+            pytest.fail(f"{block.place} does not answer")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{'/health' if words[1] == 'serve' else ''}") as answer:
+            assert answer.status == 200
         yield
     finally:
         process.terminate()

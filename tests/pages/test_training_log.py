@@ -35,6 +35,14 @@ def test_a_training_that_was_killed_leaves_half_a_line(tmp_path: Path) -> None:
     assert curve.loss == ((1, 2.5),)
 
 
+def test_whole_numbers_are_losses_and_an_empty_log_hides_no_other(tmp_path: Path) -> None:
+    (tmp_path / LOG_NAME).write_text('{"step": 1, "message": "no loss"}\n')
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 1, "loss": 2}, {"step": 2, "loss": 1.5}]}')
+    curve = read_curve(tmp_path)
+    assert curve is not None
+    assert curve.loss == ((1, 2.0), (2, 1.5))
+
+
 def test_what_is_no_loss_is_left_out(tmp_path: Path) -> None:
     lines = [
         *('{"step": 1, "loss": NaN}', '{"step": 2, "loss": Infinity}', '{"step": 3, "loss": 1e999}', "[]", "7"),

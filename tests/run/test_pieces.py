@@ -41,6 +41,13 @@ def test_a_continuation_goes_on_where_the_prompt_ends(make: Any) -> None:
         assert texts[end] + "".join([*map(pieces.add, tokens[end:]), pieces.rest()]) == texts[-1]
 
 
+def test_a_prompt_may_end_inside_a_character() -> None:
+    tokenizer = byte_tokenizer()
+    tokens = tokenizer("né", add_special_tokens=False)["input_ids"]
+    assert len(tokens) == 3
+    assert Pieces(tokenizer, tokens[1:2]).add(tokens[2]) == "é"
+
+
 def test_without_the_prompt_a_space_would_be_lost() -> None:
     tokenizer = _sentence_pieces()
     prompt, whole = ([*tokenizer(text, add_special_tokens=False)["input_ids"]] for text in ("the", "the fox"))

@@ -226,11 +226,19 @@ def test_a_body_without_a_length_is_cut_off(talking_branch: Callable[..., Path])
             kind = {"Content-Type": "application/json"}
             connection.request("POST", "/v1/completions", iter([good[:9], good[9:]]), kind)
             assert connection.getresponse().status == 200
+        sent = 0
+
+        def endless() -> Iterator[bytes]:
+            nonlocal sent
+            while sent < 512:
+                sent += 1
+                yield b"x" * (1 << 20)
+
         with closing(http.client.HTTPConnection(*place)) as connection:
-            with suppress(BrokenPipeError, ConnectionResetError):
-                connection.request("POST", "/v1/completions", (b"x" * (1 << 20) for _ in range(64)))
             with suppress(ConnectionError):
-                assert connection.getresponse().status == 413
+                connection.request("POST", "/v1/completions", endless())
+            # Whether the answer comes through or the connection is reset: nobody reads on for ever.
+            assert 64 < sent < 512
         assert client.models.list().data
 
 

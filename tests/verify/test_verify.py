@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import pytest
 
+from lora_deploy.errors import OutputError
 from lora_deploy.export import export_onnx
+from lora_deploy.export.commit import locked
 from lora_deploy.verify import verify
 from tests.commands import Command, assert_one_message, tree
 from tests.conftest import CheckpointFactory
 from tests.export.conftest import ExportFactory
 from tests.sealed import save_graph
+
+# `lora_deploy.verify.verify` is the function of that name.
+verify_module = importlib.import_module("lora_deploy.verify.verify")
 
 
 class Made(NamedTuple):
@@ -195,3 +203,26 @@ def test_a_provider_that_is_not_here_is_noted_not_hidden(made: Made) -> None:
     assert report.passed
     assert report.provider == "cpu"
     assert "no cuda provider" in report.notes[0]
+
+
+def test_a_verdict_is_never_put_beside_another_export(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = verify_module.check_parity
+
+    def slow(*given: Any, **options: Any) -> Any:
+        report = checked(*given, **options)
+        export_onnx(made.base, None, output=made.output, quantization="nf4", verify=False, overwrite=True)
+        return report
+
+    monkeypatch.setattr(verify_module, "check_parity", slow)
+    with pytest.raises(OutputError, match="replaced while it was checked"):
+        verify(made.output)
+    assert not (made.output / "parity.json").exists()
+    assert not (made.output / "report.html").exists()
+    monkeypatch.setattr(verify_module, "check_parity", checked)
+    with locked(made.output), pytest.raises(OutputError, match="another lora-deploy is writing there"):
+        verify(made.output)
+
+
+@pytest.mark.parametrize("name", ["comparison_page", "parity_page", "parity_figures"])
+def test_pages_can_be_imported_first(name: str) -> None:
+    subprocess.run([sys.executable, "-c", f"import lora_deploy.pages.{name}"], check=True)

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from lora_deploy.errors import UsageError
 from lora_deploy.web import make_server
+from lora_deploy.web.bundle import build_bundle
 from tests.commands import command
 from tests.run.conftest import talking, talking_branch, talking_export
 
@@ -41,6 +43,10 @@ def opened() -> Opened:
         chromium = found or playwright.chromium.executable_path
     if not Path(chromium).is_file():
         pytest.skip("no Chromium: .ci/chromium installs it")
+    try:
+        build_bundle()
+    except UsageError as error:
+        pytest.skip(f"the page cannot be built here: {error.summary}")
 
     @contextmanager
     def open_page(directory: Path, *, gpu: bool = False, wait: bool = True) -> Iterator[Any]:

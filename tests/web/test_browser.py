@@ -66,6 +66,21 @@ def test_half_precision_runs_where_it_can(talking_export: Callable[..., Any], op
         assert ask(page, PROMPT) == expected(export, PROMPT)
 
 
+@pytest.mark.parametrize(("cache", "where"), [("growing", "WebGPU"), ("in-place", "WASM")])
+def test_merged_codes_run_where_they_are_right(
+    cache: str, where: str, talking_export: Callable[..., Any], opened: Opened, tmp_path: Path
+) -> None:
+    options: Any = {"precision": "int4", "accuracy_level": 0, "cache": cache, "verify": False}
+    export = export_onnx(talking_export()[0], output=tmp_path / "int4", **options).output
+    write_page(export, tmp_path / "page")
+    # WebGPU's attention with a bias is right for 31 tokens, and wrong for 32.
+    long = PROMPT * 3
+    assert len(OnnxModel(export).encode(long)) > 40
+    with opened(tmp_path / "page", gpu=True) as page:
+        assert where in page.inner_text("#status")
+        assert ask(page, long) == expected(export, long)
+
+
 def test_a_merged_export_and_a_chat(talking_export: Callable[..., Any], opened: Opened, tmp_path: Path) -> None:
     export = talking_export()[1]
     write_page(export, tmp_path / "page")

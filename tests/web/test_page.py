@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import threading
 import urllib.request
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from lora_deploy.integrity import MODEL_NAME
 from lora_deploy.manifest import Manifest
 from lora_deploy.run.adapter_files import read_onnx_adapter
 from lora_deploy.web import bundle, make_server, page, write_page
-from tests.commands import assert_one_message
+from tests.commands import assert_one_message, tree
 
 
 @pytest.fixture(autouse=True)
@@ -87,12 +88,46 @@ def test_a_page_is_replaced_whole_and_nothing_else_is(
     write_page(talking_export()[1], output, overwrite=True)
     assert [path.name for path in (output / "assets").iterdir()] == ["b.wasm"]
     assert not list((output / "model").glob("adapter-*"))
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/letter.txt").write_text("dear")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page", "program"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_what_is_not_of_a_page_stays(
+    exchanges: bool, talking_export: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(page, "exchange", lambda staging, output: False)
+    real, link = tmp_path / "site-1", tmp_path / "site"
+    write_page(talking_export()[1], real)
+    link.symlink_to(real)
+    (real / "CNAME").write_text("example.org")
+    (real / ".git").mkdir()
+    (real / ".git/HEAD").write_text("main")
+    (real / "assets/a.wasm").unlink()
+    write_page(talking_export()[1], link, overwrite=True)
+    assert link.is_symlink()
+    assert (real / "assets/a.wasm").is_file()
+    assert (real / "CNAME").read_text() == "example.org"
+    assert (real / ".git/HEAD").read_text() == "main"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["program", "site", "site-1"]
+
+
+@pytest.mark.parametrize("content", ["{}", '{"format": "layers-model"}', "not json", "[]"])
+def test_nothing_of_somebody_else_is_replaced(
+    content: str, talking_export: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mine/model").mkdir(parents=True)
+    (tmp_path / "mine/model/model.json").write_text(content)  # TensorFlow.js calls its own so
+    before = tree(tmp_path)
     with pytest.raises(OutputError, match="something else is there"):
         write_page(talking_export()[1], tmp_path / "mine", overwrite=True)
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "page", "program"]
+    assert tree(tmp_path) == before
+    write_page(talking_export()[1], tmp_path / "page")
+    monkeypatch.chdir(tmp_path / "page")
+    before = tree(tmp_path)
+    with pytest.raises(OutputError, match="in one step"):
+        write_page(talking_export()[1], ".", overwrite=True)
+    assert tree(tmp_path) == before
 
 
 def _damaged(talking_export: Callable[..., Any], root: Path) -> Path:
@@ -153,3 +188,8 @@ def test_the_command(command: Callable[..., Any], talking_branch: Callable[..., 
     assert json.loads(done.out)["adapters"] == ["a", "b"]
     assert (tmp_path / "page/index.html").is_file()
     assert_one_message(command("web", export, tmp_path / "page"), 5, "there is a page already", "--overwrite")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = command("web", export, tmp_path / "other", "--serve", "--port", port)
+    assert_one_message(ended, 2, "the server could not start", port, "--port")
+    assert not (tmp_path / "other").exists()

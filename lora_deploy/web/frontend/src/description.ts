@@ -4,7 +4,8 @@ export interface Description {
   graph: File;
   /** Weights, by the place that the graph names. */
   data: File[];
-  computes_in: "fp32" | "fp16";
+  /** The type that a GPU must compute in; null where WebGPU would write something else. */
+  gpu: "fp32" | "fp16" | null;
   branch: "hot-swap" | "pooled" | "fixed" | null;
   /** Of a hot-swap export a file each; of a pooled one names alone, in the order of their ids. */
   adapters: { name: string; file: File | null }[];

@@ -48,7 +48,7 @@ export class Model {
   /** Generate token by token, up to and including the end token, or to the end of the model's context. */
   async *generate(
     prompt: number[],
-    options: { adapter: string | null; maxNewTokens: number; temperature: number },
+    options: { adapter: string | null; maxNewTokens: number; temperature: number; isStopped: () => boolean },
   ): AsyncGenerator<number> {
     const { context_length: context, eos_token_ids: ends } = this.description;
     if (context !== null && prompt.length > context) {
@@ -60,7 +60,8 @@ export class Model {
     let past = 0;
     let cache = this.emptyCache();
     try {
-      for (let made = 0; made < limit; ) {
+      for (let made = 0; made < limit; await breathe()) {
+        if (options.isStopped()) return;
         const fresh = pending.slice(0, AT_ONCE);
         pending = pending.slice(AT_ONCE);
         const outputs = await this.session.run({ ...adapter, ...cache, ...this.inputs(fresh, past) });
@@ -159,6 +160,18 @@ export class Model {
     buffer.unmap();
     return this.runtime.ort.Tensor.fromGpuBuffer(buffer, { dataType: type as "float32", dims });
   }
+}
+
+/** Let messages in: runs of the CPU are one task after another. */
+function breathe(): Promise<void> {
+  return new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = () => {
+      port1.close();
+      resolve();
+    };
+    port2.postMessage(null);
+  });
 }
 
 function presentName(past: string): string {

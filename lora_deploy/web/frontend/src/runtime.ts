@@ -15,9 +15,9 @@ export interface Runtime {
  * onnxruntime-web for the GPU where the browser has one that can run the model, else for its processors. A GPU that
  * does not compute in 16 bits is found out by the first run only, so that it is asked before.
  */
-export async function loadRuntime(computesIn: "fp32" | "fp16" | "nothing a GPU can run"): Promise<Runtime> {
-  const found = computesIn === "nothing a GPU can run" ? null : await navigator.gpu?.requestAdapter();
-  const gpu = found && (computesIn === "fp32" || found.features.has("shader-f16"));
+export async function loadRuntime(gpuType: "fp32" | "fp16" | null): Promise<Runtime> {
+  const found = gpuType && (await navigator.gpu?.requestAdapter());
+  const gpu = found && (gpuType === "fp32" || found.features.has("shader-f16"));
   const ort = (gpu ? await import("onnxruntime-web/webgpu") : await import("onnxruntime-web/wasm")) as typeof Ort;
   const [mjs, wasm] = gpu ? [gpuGlue, gpuWasm] : [cpuGlue, cpuWasm];
   const here = (url: string) => new URL(url, self.location.href).href;

@@ -11,17 +11,6 @@ let isStopped = false;
 
 const tell = (told: Told) => self.postMessage(told);
 
-/** Let messages in: runs of the CPU are one task after another. */
-const breathe = () =>
-  new Promise<void>((resolve) => {
-    const { port1, port2 } = new MessageChannel();
-    port1.onmessage = () => {
-      port1.close();
-      resolve();
-    };
-    port2.postMessage(null);
-  });
-
 async function load(folder: string): Promise<void> {
   const description = await fetchJson<Description>(`${folder}model.json`);
   const total = [description.graph, ...description.data].reduce((sum, { bytes }) => sum + bytes, 0);
@@ -30,13 +19,13 @@ async function load(folder: string): Promise<void> {
     const onBytes = (bytes: number) => tell({ kind: "progress", done: (done += bytes), total });
     return Model.load(runtime, description, folder, onBytes);
   };
-  let runtime = await loadRuntime(description.computes_in);
+  let runtime = await loadRuntime(description.gpu);
   try {
     model = await open(runtime);
   } catch (error) {
     if (runtime.provider === "wasm") throw error;
     console.warn("The GPU cannot run this model:", error);
-    runtime = await loadRuntime("nothing a GPU can run");
+    runtime = await loadRuntime(null);
     model = await open(runtime);
   }
   chat = new Chat(await fetchJson<object>(`${folder}tokenizer.json`), description);
@@ -56,12 +45,10 @@ async function generate(asked: Extract<Asked, { kind: "generate" }>): Promise<vo
   const tokens: number[] = [];
   const started = performance.now();
   let first = started;
-  for await (const token of model.generate(prompt, asked)) {
+  for await (const token of model.generate(prompt, { ...asked, isStopped: () => isStopped })) {
     if (tokens.length === 0) first = performance.now();
     tokens.push(token);
     tell({ kind: "text", text: chat.decode(tokens, false) });
-    await breathe();
-    if (isStopped) break;
   }
   tell({ kind: "text", text: chat.decode(tokens, true) });
   tell({

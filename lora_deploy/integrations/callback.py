@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from lora_deploy.errors import LoraDeployError, UsageError
-from lora_deploy.integrations.trained import save_trained, write_adapter_of
+from lora_deploy.integrations.spread import alone, meeting, refuse_spread, will_be_spread
+from lora_deploy.integrations.trained import save_together, write_together
 from lora_deploy.terminal import make_console, print_page, print_report, show_progress
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ class ExportCallback(TrainerCallback):
     the adapter can be exported this way, that the output may be written. The adapter is written first, to `adapter`,
     and stays there whatever becomes of the export.
 
+    Of several processes the first one writes, and the others wait for it. Where FSDP2 or DeepSpeed ZeRO-3 spreads the
+    parameters, it is checked when the Trainer is made, and what was trained is gathered in the end.
+
     Args:
         output: Directory to export to.
         adapter: Directory for the adapter; None for `adapter` in the Trainer's `output_dir`.
@@ -45,7 +48,7 @@ class ExportCallback(TrainerCallback):
 
     Raises:
         UsageError, InputError, OutputError: Before the training, as `export_onnx`; or the parameters are spread over
-            several processes (FSDP, DeepSpeed ZeRO-3).
+            processes by something else, or the callback was added after the Trainer was made.
         ParityError: After the training: the export does not compute what was trained, and is not there.
     """
 
@@ -77,6 +80,21 @@ class ExportCallback(TrainerCallback):
         self._options = options
         self._quiet = quiet
         self._record: TrainingRecord | None = None
+        self._checked = False
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **others: Any,
+    ) -> None:
+        """Check all that can be checked where it cannot be later: while each process has the parameters."""
+        assert model is not None
+        if will_be_spread():
+            self._check_together(args, state, model)
+            self._checked = True
 
     def on_train_begin(
         self,
@@ -88,14 +106,22 @@ class ExportCallback(TrainerCallback):
     ) -> None:
         """Check all that can be checked, with the adapter as it is now."""
         assert model is not None
-        if _is_spread(args, model):
-            raise UsageError(
-                "the parameters of this training are spread over processes, so that no process can export them",
-                found="fsdp or deepspeed",
-                remedy="leave ExportCallback out, and export the saved adapter: lora-deploy export --adapter DIR",
-            )
-        if not state.is_world_process_zero:
+        if self._checked:
             return
+        refuse_spread(model)
+        self._check_together(args, state, model)
+
+    def _check_together(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+        """Check all that can be checked; every process must come here, and the first does it."""
+        meet = meeting(args.world_size)
+        if state.is_world_process_zero:
+            with alone():
+                self._check(model)
+        else:
+            save_together(model, None, self._base)
+        meet()
+
+    def _check(self, model: nn.Module) -> None:
         from lora_deploy.export.plan import plan_export
         from lora_deploy.verify.report import check_comparison
 
@@ -106,7 +132,8 @@ class ExportCallback(TrainerCallback):
         else:
             options["branch"] = self._options.get("branch") or "hot-swap"
         with tempfile.TemporaryDirectory(prefix="lora-deploy-") as scratch:
-            self._record = save_trained(model, scratch, self._base)
+            self._record = save_together(model, Path(scratch), self._base)
+            assert self._record is not None
             plan_export(self._record.base_model, {"adapter": scratch}, self.output, **options)
 
     def on_train_end(
@@ -118,16 +145,23 @@ class ExportCallback(TrainerCallback):
         **others: Any,
     ) -> None:
         """Write the adapter and the log of its training, export it, prove the export."""
-        if not state.is_world_process_zero:
-            return
+        assert model is not None
+        directory = self._adapter or Path(str(args.output_dir)) / "adapter"
+        write_together(model, directory if state.is_world_process_zero else None)
+        meet = meeting(args.world_size)
+        try:
+            if state.is_world_process_zero:
+                with alone():
+                    self._export(directory, state)
+        finally:
+            meet()
+
+    def _export(self, directory: Path, state: TrainerState) -> None:
+        """Export the adapter of a directory."""
         from lora_deploy.export import export_onnx
         from lora_deploy.train.progress import LOG_NAME, log_lines, write_log
 
-        assert model is not None
         assert self._record is not None
-        directory = self._adapter or Path(str(args.output_dir)) / "adapter"
-        directory.mkdir(parents=True, exist_ok=True)
-        write_adapter_of(model, directory)
         self._record.save(directory)
         lines = log_lines(state.log_history)
         if lines:
@@ -151,11 +185,3 @@ class ExportCallback(TrainerCallback):
             print_report(console, self.result.report)
         console.print(f"{self.result.bytes / 1e6:,.1f} MB in {self.result.output}", soft_wrap=True, markup=False)
         print_page(console, self.result.output)
-
-
-def _is_spread(args: TrainingArguments, model: nn.Module) -> bool:
-    """Whether no process has all of the parameters: FSDP or DeepSpeed, by the arguments or by accelerate's launcher."""
-    asked = [getattr(args, name, None) for name in ("fsdp", "deepspeed", "deepspeed_plugin")]
-    launched = [os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")]
-    parts = any(type(one).__name__ == "DTensor" or not one.numel() for one in model.parameters())
-    return any(asked) or any(launched) or parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,6 +15,7 @@ from lora_deploy.adapter.files import WEIGHTS_NAME
 from lora_deploy.config import CONFIG_NAME
 from lora_deploy.errors import AdapterError, CheckpointError, OutputError, UsageError
 from lora_deploy.export.merge import open_base
+from lora_deploy.integrations.spread import is_spread, refuse_spread, trained_tensors, whole
 from lora_deploy.layers.model import adapted_layers
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.quantization.bnb import bitsandbytes as bnb
@@ -24,7 +25,7 @@ from lora_deploy.quantization.scheme import QuantizationScheme
 from lora_deploy.quantization.weight import Blockwise4BitWeight
 from lora_deploy.versions import installed_versions
 
-__all__ = ["save_trained", "write_adapter_of"]
+__all__ = ["save_together", "save_trained", "write_together"]
 
 _CODED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
 # Beginnings of the parts of names by which PEFT's layers and ours hold what is not of the base, or not used any more.
@@ -47,11 +48,34 @@ def save_trained(model: nn.Module, directory: str | Path, base: str | Path | Non
         AdapterError: The model has no adapter, or several.
         ConfigError: The adapter is of a kind that cannot be exported.
         CheckpointError: The checkpoint is missing, or is not what the model holds.
-        UsageError: The model does not say where its base is.
+        UsageError: The model does not say where its base is, or its parameters are spread over processes.
         OutputError: It could not be written.
     """
-    write_adapter_of(model, directory)
+    refuse_spread(model)
+    record = save_together(model, Path(directory), base)
+    assert record is not None
+    return record
+
+
+def save_together(model: nn.Module, directory: Path | None, base: str | Path | None = None) -> TrainingRecord | None:
+    """As `save_trained`, by all processes that the parameters may be spread over.
+
+    Args:
+        model: See there.
+        directory: Where to; None in processes that only take part.
+        base: See there.
+
+    Returns:
+        The record; None in processes that only take part.
+
+    Raises:
+        See there; and UsageError: Our own layers are spread.
+    """
+    write_together(model, directory)
     plain = _without_wrapper(model)
+    if directory is None:
+        _check_same(plain, None)
+        return None
     place = str(base or getattr(getattr(plain, "config", None), "_name_or_path", ""))
     if not place:
         raise UsageError(
@@ -72,22 +96,36 @@ def save_trained(model: nn.Module, directory: str | Path, base: str | Path | Non
     return record
 
 
-def write_adapter_of(model: nn.Module, directory: str | Path) -> None:
+def write_together(model: nn.Module, directory: Path | None) -> None:
     """Write the adapter of a model in memory, in PEFT's format.
 
+    Args:
+        model: As `save_trained` takes it.
+        directory: As `save_together` takes it.
+
     Raises:
-        AdapterError, ConfigError, OutputError: As `save_trained`.
+        AdapterError, ConfigError, OutputError, UsageError: As `save_together`.
     """
-    directory = Path(directory)
+    spread = is_spread(model)
     if adapted_layers(model):
-        save_adapter(model, directory)
+        if spread:
+            raise UsageError(
+                "the layers of get_lora_model are not exported where parameters are spread over processes",
+                found="FSDP or DeepSpeed ZeRO-3",
+                remedy="adapt the model with peft.get_peft_model",
+            )
+        if directory is not None:
+            save_adapter(model, directory)
         return
     name = _peft_name(model)
+    state = trained_tensors(model, keep=directory is not None) if spread else None
+    if directory is None:
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # Beside what is there, which may have a card or a directory of the adapter's name.
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as scratch:
-            model.save_pretrained(scratch, selected_adapters=[name])  # type: ignore[operator]
+            model.save_pretrained(scratch, selected_adapters=[name], state_dict=state)  # type: ignore[operator]
             saved = Path(scratch) if name == "default" else Path(scratch) / name
             for file in (CONFIG_NAME, WEIGHTS_NAME):
                 (saved / file).replace(directory / file)
@@ -150,18 +188,30 @@ def _is_added(name: str) -> bool:
     return any(part.startswith(_ADDED) for part in name.split("."))
 
 
-def _check_same(model: nn.Module, base: TrainingBase) -> None:
-    """The frozen weights in memory are those of the checkpoint, rounding apart; one of them at a time."""
-    for name, module in model.named_modules():
-        if isinstance(module, _CODED):
-            layer = _plain(name)
-            found, stored = quantized_weight(module).dequantize(torch.float32).cpu(), base.weight(layer).dequantize()
-            _require_same(found, stored, base.place(f"{layer}.weight"))
+def _check_same(model: nn.Module, base: TrainingBase | None) -> None:
+    """The frozen weights in memory are those of the checkpoint, rounding apart; one of them at a time.
+
+    Args:
+        model: Without PEFT's wrapper.
+        base: The checkpoint; None in processes that only take part.
+    """
+    for name, module, values in _frozen(model):
+        with whole(values) as found:
+            if base is None:
+                continue
+            plain = _plain(name)
+            if isinstance(module, _CODED) and name.endswith(".weight"):
+                stored = base.weight(plain.removesuffix(".weight")).dequantize()
+                _require_same(quantized_weight(module).dequantize(torch.float32).cpu(), stored, base.place(plain))
+            elif plain in base.shapes:
+                _require_same(found.cpu().float(), base.tensor(plain).float(), base.place(plain))
+
+
+def _frozen(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """The parameters of the base, by name, each with its module."""
     for name, values in model.named_parameters():
-        plain = _plain(name)
-        of_codes = isinstance(model.get_submodule(name.rpartition(".")[0]), _CODED) and name.endswith(".weight")
-        if not values.requires_grad and not of_codes and not _is_added(name) and plain in base.shapes:
-            _require_same(values.detach().cpu().float(), base.tensor(plain).float(), base.place(plain))
+        if not values.requires_grad and not _is_added(name):
+            yield name, model.get_submodule(name.rpartition(".")[0]), values
 
 
 def _require_same(found: torch.Tensor, stored: torch.Tensor, place: Mapping[str, str]) -> None:

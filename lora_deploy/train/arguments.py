@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from transformers import TrainingArguments
 
@@ -16,8 +18,9 @@ def trainer_arguments(options: TrainOptions) -> TrainingArguments:
     """The Trainer's arguments; making them joins the processes that a launcher started.
 
     Raises:
-        UsageError: The device or the optimizer cannot be had here.
+        UsageError: The device or the optimizer cannot be had here, or a launcher wants to spread the parameters.
     """
+    _refuse_spreading()
     on_gpu, optimizer = _place(options)
     evaluates = bool(options.eval_fraction or options.eval_data)
     args = TrainingArguments(
@@ -57,6 +60,18 @@ def trainer_arguments(options: TrainOptions) -> TrainingArguments:
         args.device  # noqa: B018 - counts the GPUs, so that the next line is not undone
         args._n_gpu = 1  # one process uses one GPU; several are what `accelerate launch` is for
     return args
+
+
+def _refuse_spreading() -> None:
+    """Each process has all of the base, and writes or reads the adapter as it is in memory."""
+    asked = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}") == "true"]
+    if asked:
+        raise UsageError(
+            "lora-deploy train does not spread the parameters over processes",
+            found=f"{asked[0]}, by accelerate launch",
+            expected="all of the base in each process",
+            remedy="accelerate launch --multi_gpu; or train with transformers' Trainer, PEFT and ExportCallback",
+        )
 
 
 def _place(options: TrainOptions) -> tuple[bool, str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -17,6 +19,7 @@ from lora_deploy import LoraConfig, get_lora_model
 from lora_deploy.adapter import read_adapter
 from lora_deploy.errors import AdapterError, CheckpointError, DataError, OutputError, ParityError, UsageError
 from lora_deploy.integrations import ExportCallback, save_trained
+from lora_deploy.integrations.spread import will_be_spread
 from lora_deploy.run import OnnxSession
 from tests.commands import tree
 from tests.conftest import (
@@ -166,12 +169,11 @@ class Untrained(Trainer):
         ("another base", CheckpointError, "is not the checkpoint that it is said to be loaded from"),
         ("a merged adapter", CheckpointError, "is not the checkpoint that it is said to be loaded from"),
         ("data", DataError, "no text to compare on"),
-        ("a launcher", UsageError, "spread over processes"),
+        ("spread", UsageError, "spread over processes"),
         ("no place", UsageError, "does not say where its base was loaded from"),
         ("output there", OutputError, "exists"),
         ("no adapter", AdapterError, "the model has no adapter"),
         ("precision", UsageError, "fp31"),
-        ("deepspeed", UsageError, "spread over processes"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_before_the_first_step(
@@ -180,7 +182,6 @@ def test_what_cannot_be_exported_is_refused_before_the_first_step(
     named: str,
     checkpoint_dir: CheckpointFactory,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model: Any = dense(checkpoint_dir("llama"))
     options: dict[str, Any] = {}
@@ -192,8 +193,8 @@ def test_what_cannot_be_exported_is_refused_before_the_first_step(
         model = merged_first(checkpoint_dir("llama"))
     elif case == "data":
         options["data"] = tmp_path / "nowhere.jsonl"
-    elif case == "a launcher":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    elif case == "spread":
+        model.get_base_model().lm_head.weight.data = torch.empty(0)  # as ZeRO-3 leaves it
     elif case == "no place":
         model.get_base_model().config._name_or_path = ""
     elif case == "output there":
@@ -205,12 +206,34 @@ def test_what_cannot_be_exported_is_refused_before_the_first_step(
         options["precision"] = "fp31"
     callback = ExportCallback(tmp_path / "out", quiet=True, **options)
     trainer = Untrained(model=model, args=args, train_dataset=Rows(), callbacks=[callback])
-    if case == "deepspeed":
-        args.deepspeed = "zero3.json"  # afterwards, for the Trainer would want DeepSpeed itself
     before = tree(tmp_path)
     with pytest.raises(kind, match=named):
         trainer.train()
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "spread"),
+    [
+        ("NO", None, False),
+        ("MULTI_GPU", None, False),
+        ("FSDP", 2, True),
+        ("FSDP", 1, None),
+        ("MEGATRON_LM", None, None),
+    ],
+)
+def test_what_will_spread_the_parameters(
+    kind: str, version: int | None, spread: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate itself makes FSDP's first version on GPUs alone; the rest really runs in test_spread.py."""
+    plugin = SimpleNamespace(fsdp_version=version)
+    state = SimpleNamespace(distributed_type=accelerate.utils.DistributedType[kind], fsdp_plugin=plugin)
+    monkeypatch.setattr(accelerate.state, "AcceleratorState", lambda: state)
+    if spread is None:
+        with pytest.raises(UsageError, match="does not gather"):
+            will_be_spread()
+    else:
+        assert will_be_spread() is spread
 
 
 def test_an_export_that_fails_leaves_the_adapter(

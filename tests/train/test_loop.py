@@ -211,6 +211,17 @@ def test_what_cannot_be_is_refused(options: MakeOptions) -> None:
         train_adapter(options(data="missing.jsonl"))
 
 
+@pytest.mark.parametrize("launcher", ["FSDP", "DEEPSPEED"])
+def test_a_launcher_that_would_spread_the_parameters_is_refused(
+    options: MakeOptions, monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{launcher}", "true")
+    with pytest.raises(UsageError, match="does not spread the parameters") as caught:
+        train_adapter(options())
+    assert launcher in caught.value.details["found"]
+    assert not options().output.exists()
+
+
 @pytest.mark.parametrize("package", ["accelerate", "matplotlib"])
 def test_a_missing_extra_is_named(options: MakeOptions, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     find = importlib.util.find_spec

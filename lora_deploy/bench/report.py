@@ -121,7 +121,7 @@ class Benchmark(BaseModel):
         kind = ", ".join([*filter(None, (self.branch or "merged", self.precision)), self.provider])
         title = f"{Path(self.directory).name} ({kind}, {self.weights} weights)"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("", no_wrap=True)
+        table.add_column("")  # wraps where a fast machine's numbers are wide
         for heading in ("median", "quartiles"):
             table.add_column(heading, justify="right", no_wrap=True)
         for name, measure in self.measures.items():

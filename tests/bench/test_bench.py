@@ -104,7 +104,7 @@ def test_the_measured_loop_decodes_what_the_model_does(
     prompt, after = fed[1], [tokens[0] for tokens in fed[2:7]]
     assert len(prompt) == 5
     monkeypatch.setattr("lora_deploy.run.generate.load_tokenizer", lambda directory: None)
-    monkeypatch.setattr(OnnxModel, "_find_eos_token_ids", lambda self: set())
+    monkeypatch.setattr("lora_deploy.run.generate.find_eos_token_ids", lambda directory, tokenizer: set())
     model = OnnxModel(output, "two")
     assert list(model.generate_tokens(prompt, max_new_tokens=5)) == after
     model.set_adapter(None)

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_deploy.integrations import ExportCallback
+from lora_deploy.quantization.model import keep_codes
 from lora_deploy.run import OnnxModel
 from tests.conftest import QUIET_PEFT, four_bit
 from tests.train.conftest import tiny_base
@@ -58,7 +59,7 @@ def test_what_sft_trained_is_exported(tiny_base: Callable[..., str], tmp_path: P
     assert callback.result.report.passed
     exported = OnnxModel(tmp_path / "out", None if merge else "adapter")
     ids = tokenizer("5 is ", return_tensors="pt")
-    trainer.model.eval().float()  # TRL keeps the adapter of a 4-bit base in bfloat16, and multiplies in it
+    keep_codes(trainer.model.eval().float())  # TRL keeps the adapter of a 4-bit base in bfloat16, and multiplies in it
     with torch.no_grad():
         expected = trainer.model(**ids).logits
         with trainer.model.disable_adapter():

@@ -275,7 +275,7 @@ def test_the_browser_gives_the_same_tokens(trained: Trained, export: Export, ope
             answers[name] = list(model.generate_tokens(ids, max_new_tokens=NEW_TOKENS))
             assert ask(page, trained.prompts[0], name, NEW_TOKENS) == answers[name]
         # More tokens than the page runs at once.
-        long = " ".join([*trained.prompts * 6])
+        long = " ".join(trained.prompts * 7)
         assert len(model.encode(long)) > 300
         assert ask(page, long, None, 5) == list(model.generate_tokens(model.encode(long), max_new_tokens=5))
     assert answers[None] != answers["trained"]

@@ -30,8 +30,8 @@ __all__ = ["command"]  # a fixture
 TinyFactory = Callable[..., Tiny]
 
 VARIANTS = [(name, variant) for name, family in FAMILIES.items() for variant in family.variants]
-# A trace takes some eight seconds: of the variants that need one these are run always, the others are slow.
-TRACED_EARLY = {("llama", "mlp_bias"), ("falcon", "alibi")}
+# A trace takes some eight seconds: of the variants that need one this is run always, the others are slow.
+TRACED_EARLY = {("llama", "mlp_bias")}
 REFUSED = {("llama", "dynamic rope")}
 
 
@@ -90,7 +90,8 @@ def test_every_variant_computes_what_was_trained(name: str, variant: str, tiny: 
     _assert_right(tiny(name, variant).measure("merge", "none"))
 
 
-@pytest.mark.parametrize("name", ["mistral", *(pytest.param(one, marks=pytest.mark.slow) for one in FAMILIES)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
 def test_traced_graphs_are_right_for_every_family(name: str, tiny: TinyFactory) -> None:
     measured = tiny(name).measure("hot-swap", "nf4", graph="traced")
     assert measured.choice.source == "traced"
@@ -199,7 +200,9 @@ def test_the_shipped_table_names_every_variant_that_is_traced_or_refused() -> No
 
 
 @pytest.mark.parametrize(("mode", "method"), [pytest.param("fixed", "int8", marks=pytest.mark.slow), ("pooled", "fp4")])
-@pytest.mark.parametrize("task", ["sequence-classification", "token-classification"])
+@pytest.mark.parametrize(
+    "task", ["sequence-classification", pytest.param("token-classification", marks=pytest.mark.slow)]
+)
 def test_classifiers_hold_on_the_bases_that_their_own_tests_leave_out(
     task: ClassifierTask, mode: str, method: str, tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ def _fail(training: Training, parts: int, mode: str, error: int, tally: Tally) -
     assert not wrong, f"{len(wrong)} of {len(places)}:\n" + "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_training(training: Training, tally: Tally) -> None:
     _fail(training, 4, "staying", errno.ENOSPC, tally)
 

@@ -263,6 +263,7 @@ def test_a_fixed_branch_in_int8_takes_less_than_five_bits_a_weight(
     assert 4.5 < size * 8 / weights <= 5.0
 
 
+@pytest.mark.slow  # tests/web says so of tiny models
 def test_the_browser_gives_the_same_tokens(trained: Trained, export: Export, opened: Opened, tmp_path: Path) -> None:
     directory = export("--branch")
     run_command("web", directory, tmp_path / "page", "--quiet")

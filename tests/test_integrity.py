@@ -134,7 +134,6 @@ def test_nothing_of_another_export_and_nothing_that_was_changed_passes(
 
 def test_a_file_of_the_users_is_nobodys_business(made: Path) -> None:
     (made / "notes.txt").write_text("mine")
-    (made / "report.html").write_text("<h1>my own report</h1>")
     assert check_files(made)
 
 

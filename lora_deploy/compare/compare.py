@@ -21,7 +21,6 @@ from lora_deploy.export.commit import staging_directory
 from lora_deploy.export.export import export_onnx
 from lora_deploy.export.plan import ExportPlan, plan_export
 from lora_deploy.integrity import PAGE_NAME
-from lora_deploy.pages.comparison_page import comparison_page
 from lora_deploy.quantization.base import TrainingBase
 from lora_deploy.requantize.text import Text
 from lora_deploy.run.session import OnnxSession, import_onnxruntime
@@ -237,6 +236,8 @@ def _write(comparison: Comparison, work: Path, output: Path) -> None:
     """Page, picture and numbers; the numbers come last."""
     if can_draw():
         draw_comparison(comparison, work / PICTURE_NAME)
+    from lora_deploy.pages.comparison_page import comparison_page  # which knows the report
+
     page = comparison_page(comparison)
     with _writing(output):
         (work / PAGE_NAME).write_bytes(page)

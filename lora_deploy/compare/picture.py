@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_deploy.compare.report import Comparison
+from lora_deploy.compare.report import LOWEST, Comparison
 from lora_deploy.errors import OutputError
 from lora_deploy.pages.labels import Box, place_labels
 
 __all__ = ["PICTURE_NAME", "can_draw", "draw_comparison"]
 
 PICTURE_NAME = "comparison.png"
-
-_LOWEST = 1e-10  # a distance of zero has no place on a logarithmic scale
 
 
 def can_draw() -> bool:
@@ -41,7 +39,7 @@ def draw_comparison(comparison: Comparison, file: Path) -> None:
     canvas = FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     rows = comparison.measured
-    heights = [max(comparison.kl(row), _LOWEST) for row in rows]
+    heights = [max(comparison.kl(row), LOWEST) for row in rows]
     names = [row.name for row in rows]
     panels = (
         (left, "size on disk (MB)", [row.megabytes or 0.0 for row in rows]),

@@ -14,9 +14,11 @@ from lora_deploy.verify.texts import TextResult
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["REPORT_NAME", "Comparison", "Row"]
+__all__ = ["LOWEST", "REPORT_NAME", "Comparison", "Row"]
 
 REPORT_NAME = "comparison.json"
+# Where less is drawn: a distance of zero has no place on a logarithmic scale, and this little is rounding in float32.
+LOWEST = 1e-10
 
 
 class Row(BaseModel):

@@ -12,7 +12,7 @@ from typing import Literal
 
 __all__ = ["LETTER", "LONGEST", "Anchor", "Chart", "Figure"]
 
-LETTER = 6.6  # width of a letter of the style sheet's 12 px, on the safe side
+LETTER = 6.3  # width of a letter of the style sheet's 12 px, on the safe side
 LONGEST = 34  # letters of a name
 Anchor = Literal["start", "middle", "end"]
 

@@ -254,7 +254,10 @@ def draw_points(
         if abs(dy) > _LINE or dx > 2 * _LINE:
             end = left + dx + (width / 2 if dx < 0 < dx + width else 0 if dx >= 0 else width)
             chart.line([(left, top), (end, top + dy - math.copysign(_LINE / 2, dy))], "pointer")
-        chart.text(left + dx, top + dy + 4, one.name, style="name")
+        # Letters are not as wide as reckoned: what is wrong is on the side that is away from the point.
+        anchor: Anchor = "start" if dx >= 0 else "end" if dx + width <= 0 else "middle"
+        part = {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor]
+        chart.text(left + dx + width * part, top + dy + 4, one.name, anchor, "name")
     for one, (left, top) in zip(points, places, strict=True):
         chart.mark(left, top, one.style, one.title, square=one.square, size=6)
     return chart

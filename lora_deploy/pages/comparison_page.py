@@ -7,16 +7,13 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from lora_deploy.compare.report import LOWEST, Comparison, Row
 from lora_deploy.pages.chart import Figure
 from lora_deploy.pages.charts import Mark, Panel, Point, draw_points, draw_rows
 from lora_deploy.pages.curves import draw_training
 from lora_deploy.pages.render import render
 from lora_deploy.pages.scales import linear_scale, log_scale, short
-
-if TYPE_CHECKING:
-    from lora_deploy.compare.report import Comparison, Row
 
 __all__ = ["comparison_page", "frontier"]
 
@@ -103,7 +100,7 @@ def _frontiers(comparison: Comparison) -> list[Figure]:
     ]
     alone = comparison.kl(comparison.base_alone)
     limit = (alone, "base alone") if alone > 0 and math.isfinite(alone) else None
-    kls = [comparison.kl(row) for row in rows]
+    kls = [_drawn(comparison.kl(row)) for row in rows]
     down = log_scale([*kls, *([alone] if limit else [])], room=True)
     figures = []
     for title, heading, value, sign, better in panels:
@@ -111,27 +108,34 @@ def _frontiers(comparison: Comparison) -> list[Figure]:
             row.name: Point(
                 row.name,
                 value(row),
-                comparison.kl(row),
+                _drawn(comparison.kl(row)),
                 _describe(comparison, row),
                 row.name.startswith("branch"),
                 "second" if row.name.startswith("branch") else "first",
             )
             for row in rows
         }
-        best = [points[row.name] for row in frontier(rows, partial(_cost, value, sign), comparison.kl)]
+        kept = frontier(rows, partial(_cost, value, sign), lambda row: _drawn(comparison.kl(row)))
+        best = [points[row.name] for row in kept]
         chart = draw_points(
             list(points.values()),
             best,
-            linear_scale([point.x for point in points.values()], zero=True),
+            linear_scale([1.05 * point.x for point in points.values()], zero=True),
             down,
             (heading, f"KL on the {comparison.main_text} text (nats a token)"),
             f"{title}: " + ", ".join(f"{name}: {point.x:.4g}, KL {point.y:.1e}" for name, point in points.items()),
             limit=limit,
         )
         legend = [("first", "merged"), ("second square", "branch"), ("frontier", "what none of the others beats")]
-        caption = f"Lower is nearer to what was trained; {better}."
+        caption = (
+            f"Lower is nearer to what was trained; {better}. Less than {LOWEST:g} is drawn there, and is rounding."
+        )
         figures.append(Figure(title, chart, legend, caption))
     return figures
+
+
+def _drawn(kl: float) -> float:
+    return max(kl, LOWEST)
 
 
 def _cost(value: Callable[[Row], float], sign: int, row: Row) -> float:
@@ -163,7 +167,9 @@ def _by_precision(comparison: Comparison) -> Figure:
         legend.append((style, words))
         found = [(row.name, row.text(text.name)) for row in rows]
         tips = ["" if one is None else f"{name}, {words}: KL {one.kl:.2e}, top-1 {one.top1:.2%}" for name, one in found]
-        kls[style] = [Mark(None if one is None else one.kl, tip) for (_, one), tip in zip(found, tips, strict=True)]
+        kls[style] = [
+            Mark(None if one is None else _drawn(one.kl), tip) for (_, one), tip in zip(found, tips, strict=True)
+        ]
         top1s[style] = [Mark(None if one is None else one.top1, tip) for (_, one), tip in zip(found, tips, strict=True)]
     values = [mark.value for marks in kls.values() for mark in marks if mark.value is not None]
     shares = [mark.value for marks in top1s.values() for mark in marks if mark.value is not None]
@@ -173,7 +179,10 @@ def _by_precision(comparison: Comparison) -> Figure:
     ]
     chart = draw_rows([row.name for row in rows], panels, "KL and top-1 agreement with the trained model, by precision")
     return Figure(
-        "KL and top-1 by precision", chart, legend, "Distance of each from the trained model, token by token."
+        "KL and top-1 by precision",
+        chart,
+        legend,
+        f"Distance of each from the trained model. KL of less than {LOWEST:g} is drawn there.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ class TextResult(BaseModel):
 
     Attributes:
         name: "task", "general", or of a batch of texts to classify.
-        source: The file; empty for random tokens, and for a batch.
+        source: The file's name, without its directory; empty for random tokens, and for a batch.
         tokens: How many were predicted; of a classifier, how many texts.
         kl: Mean Kullback-Leibler divergence from the reference, nats a token.
         top1: Share of tokens whose most probable successor is the same.
@@ -74,7 +75,7 @@ def compare_on_text(text: Text, reference: Logits, found: Logits, without: Logit
             base_kls.append(_divergence(log_p, log_probabilities(without)))
     return TextResult(
         name=text.name,
-        source=text.source,
+        source=Path(text.source).name,
         tokens=sum(map(len, kls)),
         kl=float(torch.cat(kls).mean().clamp(min=0)),
         top1=float(torch.cat(agree).double().mean()),

@@ -198,6 +198,7 @@ def test_rows_that_were_calibrated_on_are_left_out(
     assert result.report is not None
     assert result.report.deployment is not None
     assert [found.name for found in result.report.deployment.texts] == ["task", "general"]
+    assert [found.source for found in result.report.deployment.texts] == ["data.jsonl", "held_out.jsonl"]
     assert all(found.held_out for found in result.report.deployment.texts)
     base = TrainingBase(directory)
     taken = pick_text(base, data, [], 16)

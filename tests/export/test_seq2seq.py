@@ -213,7 +213,7 @@ def test_an_export_that_is_stopped_at_any_file_leaves_nothing(
             raise OSError(28, "No space left on device", str(self))
         return own(self, target)
 
-    monkeypatch.setattr("lora_deploy.export.commit._can_rename", lambda output: False)
+    monkeypatch.setattr("lora_deploy.export.commit.can_rename", lambda output: False)
     monkeypatch.setattr(Path, "replace", replace)
     base, adapter = trained("tied")
     with pytest.raises(OutputError):

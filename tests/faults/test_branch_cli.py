@@ -159,7 +159,7 @@ def test_a_commit_that_fails_takes_its_adapters_back(
             raise OSError(28, "No space left on device")
         return real(self, target)
 
-    monkeypatch.setattr(commit, "_can_rename", lambda output: False)
+    monkeypatch.setattr(commit, "can_rename", lambda output: False)
     monkeypatch.setattr(Path, "replace", replace)
     assert_one_message(_branch(place, "--branch", *(["--overwrite"] if overwrite else [])), 5, "could not be written")
     assert tree(place.root) == before

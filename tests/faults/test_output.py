@@ -124,7 +124,7 @@ def _open_full(*arguments: Any) -> _FullFile:
 
 def _no_change_of_places(patch: Patch) -> None:
     """As on a file system that cannot exchange directories, nor rename one: files are moved one by one."""
-    patch.setattr(commit, "_can_rename", lambda output: False)
+    patch.setattr(commit, "can_rename", lambda output: False)
 
 
 def _break_move(patch: Patch, call: int, error: BaseException) -> None:

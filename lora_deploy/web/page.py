@@ -69,8 +69,8 @@ def write_page(
 
     Raises:
         InputError: The export is damaged, or no such model.
-        UsageError: The output is there already, there is no Node.js, or a browser cannot run this export.
-        OutputError: The page could not be written.
+        UsageError: There is no Node.js, or a browser cannot run this export.
+        OutputError: The output is there already, or could not be written.
     """
     import onnx
 
